@@ -1,0 +1,55 @@
+"""One frozen configuration, validated once. Environment variables are read here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from kvcomm.errors import InputError
+
+__all__ = ["Config", "Mode"]
+
+Mode = Literal["on", "off"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Knobs of the engine; the defaults are what the measurements in docs/log.md support."""
+
+    mode: Mode = "on"
+    rung: Literal["boundary", "rotate", "naive"] = "boundary"  # for moved spans; the last two exist to be compared with
+    min_run: int = 16  # tokens; shorter matches are not worth a seam
+    boundary: int = 2  # tokens recomputed at the start of every moved span
+    closing: int = 16  # tokens recomputed at the end of the prompt
+    max_recompute: float = 0.8  # share of the prompt; above it the request goes dense
+    store_bytes: int = 4 << 30
+    index_windows: int = 1 << 20  # bound of the index of known text, in windows (one per 8 stored tokens)
+    variants: int = 8  # contexts kept per known run
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise InputError(f"mode is {self.mode!r}; use one of {', '.join(get_args(Mode))}")
+        if self.rung not in ("boundary", "rotate", "naive"):
+            raise InputError(f"rung is {self.rung!r}; use boundary, rotate or naive")
+        for name, least in {"min_run": 16, "boundary": 0, "closing": 1, "store_bytes": 0, "index_windows": 1, "variants": 1}.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0.0 <= self.max_recompute <= 1.0:
+            raise InputError(f"max_recompute is {self.max_recompute}; it is a share of the prompt, 0 to 1")
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ, **given: object) -> Config:
+        """Defaults, then `KVCOMM_<FIELD>` variables, then `given`. Raises InputError naming a variable that does not parse."""
+        values: dict[str, object] = {}
+        for field in fields(cls):
+            text = env.get(f"KVCOMM_{field.name.upper()}")
+            if text is None:
+                continue
+            kind = type(field.default)
+            try:
+                values[field.name] = kind(text)
+            except ValueError as e:
+                raise InputError(f"KVCOMM_{field.name.upper()} is {text!r}; it must be a {kind.__name__}") from e
+        return cls(**{**values, **given})  # type: ignore[arg-type]  # names are fields; __post_init__ checks the values

@@ -1,0 +1,31 @@
+"""Everything kvcomm raises on purpose.
+
+KVCommError
+|-- InputError          the caller's input cannot be used (also a ValueError): empty prompt, prompt over the context, bad option
+|   `-- TeamError       a team description that cannot be run: unknown agent, cycle where none may be
+|-- UnsupportedModel    the model's cache cannot be moved or read correctly; refused when it is loaded
+`-- CacheFault          stored KV cannot be used (wrong fingerprint, NaN, truncated); never leaves the engine: the request is
+                        answered densely and the fault is counted
+"""
+
+__all__ = ["CacheFault", "InputError", "KVCommError", "TeamError", "UnsupportedModel"]
+
+
+class KVCommError(Exception):
+    """Base of every error of kvcomm."""
+
+
+class InputError(KVCommError, ValueError):
+    """The caller's input cannot be used; the text names the value and the remedy."""
+
+
+class TeamError(InputError):
+    """A team description cannot be run."""
+
+
+class UnsupportedModel(KVCommError):
+    """This model's KV-cache cannot be shared; the text says why."""
+
+
+class CacheFault(KVCommError):
+    """Stored KV cannot be used. Internal: the engine turns it into a dense answer and counts it."""

@@ -1,0 +1,152 @@
+"""The nouns that every part of kvcomm shares: frozen records, no behaviour beyond what their fields imply.
+
+Knows nothing of models, stores or policies. Torch is imported for type checking only, so that tools which never touch a
+tensor start quickly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["RUNGS", "Ids", "Plan", "ReuseReport", "Rung", "Segment", "SegmentKV", "Span", "SpanReport"]
+
+Ids = npt.NDArray[np.int32]
+"""Token ids, [tokens]."""
+
+Rung = Literal["exact", "rotate", "boundary", "dense"]
+RUNGS: tuple[Rung, ...] = ("exact", "rotate", "boundary", "dense")
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentKV:
+    """KV of a run of tokens, as the model cached it: keys are rotated at positions `start .. start + tokens - 1`."""
+
+    keys: tuple[Tensor, ...]  # per layer [kv_heads, tokens, key_dim]
+    values: tuple[Tensor, ...]  # per layer [kv_heads, tokens, value_dim]
+    start: int  # position of the first token when it was computed
+    length: int  # tokens of the whole sequence when it was computed; dynamic and longrope tables depend on it
+
+    @property
+    def tokens(self) -> int:
+        return int(self.keys[0].shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A run of token ids with an identity: what it is, what stood in front of it, who computed it and for whom."""
+
+    ids: Ids  # [tokens]
+    context: Ids  # [start]: every token in front of it when its KV was computed
+    fingerprint: str  # model identity; KV never crosses it
+    tenant: str = ""
+    producer: str = ""  # agent that first computed it
+    exact: bool = True  # nothing in front of it was reused approximately
+
+    @cached_property
+    def key(self) -> str:
+        """Content address: equal segments computed behind equal contexts share it."""
+        from hashlib import blake2b
+
+        h = blake2b(f"{self.fingerprint}\0{self.tenant}\0{int(self.exact)}\0{len(self.context)}\0".encode(), digest_size=16)
+        h.update(np.ascontiguousarray(self.context).data)
+        h.update(np.ascontiguousarray(self.ids).data)
+        return h.hexdigest()
+
+    @property
+    def start(self) -> int:
+        return len(self.context)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Prompt tokens [start, end) served from `segment.ids[offset : offset + end - start]`."""
+
+    start: int
+    end: int
+    rung: Rung
+    segment: Segment
+    offset: int
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def moved(self) -> int:
+        """New position minus base position, in tokens (the paper's positional offset)."""
+        return self.start - (self.segment.start + self.offset)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How one prompt is served. Spans are disjoint and in order; what they do not cover is in `recompute`.
+
+        prompt     |  span 0  | seam |   span 1    | new text | last token
+        recompute             xxxxxxxxx            xxxxxxxxxxxxxxxxxxxxxxx     (seam + the first k tokens of span 1 + ...)
+    """
+
+    length: int  # tokens of the prompt
+    spans: tuple[Span, ...]
+    recompute: npt.NDArray[np.int64]  # positions computed in the one pass, ascending, always holding length - 1
+    fallback: str | None = None  # why nothing is reused; None when something is
+
+    @property
+    def reused(self) -> int:
+        return self.length - len(self.recompute)
+
+
+@dataclass(frozen=True)
+class SpanReport:
+    """One span of a finished request."""
+
+    start: int
+    end: int
+    rung: Rung
+    reused_tokens: int  # not computed for this request
+    recomputed_tokens: int  # computed again: boundary and closing text
+    producer: str
+    moved_tokens: int
+
+
+@dataclass(frozen=True)
+class ReuseReport:
+    """What happened to one request: what was reused, how, what it cost and why anything fell back."""
+
+    agent: str
+    prompt_tokens: int
+    reused_tokens: int
+    computed_tokens: int
+    spans: tuple[SpanReport, ...] = ()
+    fallback: str | None = None
+    match_ms: float | None = None
+    plan_ms: float | None = None
+    assemble_ms: float | None = None  # rotate and copy stored KV into the request's cache
+    forward_ms: float | None = None  # the first forward: the one pass, or the dense prefill
+    learn_ms: float | None = None  # storing what is new, after the answer
+    ttft_ms: float | None = None  # from the call to the first token's logits, everything above but learning included
+
+    @property
+    def reuse_rate(self) -> float:
+        """Share of prompt tokens not prefilled for this request."""
+        return self.reused_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def tokens_by_rung(self) -> dict[Rung, int]:
+        """Reused tokens per rung; `dense` holds every computed token."""
+        out: dict[Rung, int] = dict.fromkeys(RUNGS, 0)
+        for span in self.spans:
+            out[span.rung] += span.reused_tokens
+        out["dense"] = self.computed_tokens
+        return out

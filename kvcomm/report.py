@@ -6,6 +6,7 @@ Knows nothing of what is reported. Every number's unit stands in its name (`ttft
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -94,7 +95,7 @@ def _plain(value: object, where: str) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             raise ValueError(f"{where} is {value}; what was not measured is None")
         return float(value)
     if isinstance(value, Mapping):

@@ -1,0 +1,98 @@
+"""The command line: finds the chosen command, loads its module and nothing else, and turns errors into exit codes.
+
+A command is a module with `add_arguments(parser) -> None` and `run(args) -> int`. Every command has `--format`, `--output` and
+`--quiet`. Exit codes: 0 done, 1 something failed, 2 the input cannot be used, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from kvcomm._version import __version__
+from kvcomm.errors import InputError, KVCommError, UnsupportedModel
+
+__all__ = ["COMMANDS", "Command", "CommandModule", "main"]
+
+
+class CommandModule(Protocol):
+    """What a command's module offers."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's own flags; the shared ones are there already."""
+        ...
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it and return the exit code. May raise KVCommError or OSError for `main` to report."""
+        ...
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: the words that choose it, its module, and a line of help."""
+
+    words: tuple[str, ...]
+    module: str
+    help: str
+
+
+COMMANDS = (
+    Command(("demo",), "kvcomm.demo.command", "a five-agent team answers real tasks, dense beside shared"),
+    Command(("bench", "ttft"), "kvcomm.bench.ttft", "time to first token of every agent: dense, prefix cache, shared, the limit"),
+    Command(("doctor",), "kvcomm.doctor", "what is installed, what can be used here, what is missing"),
+)
+GROUPS = (("bench", "measure on this machine"),)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; usage errors, `--help` and `--version` leave through SystemExit."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    chosen = next((c for c in COMMANDS if tuple(argv[: len(c.words)]) == c.words), None)
+    parser = _parser(chosen)
+    if chosen is None:
+        parser.parse_args(argv)  # --help, --version, or what is wrong; it returns when a command is missing
+        parser.print_usage(sys.stderr)
+        return 2
+    try:
+        return _load(chosen).run(parser.parse_args(argv))
+    except (KVCommError, OSError) as e:
+        if os.environ.get("KVCOMM_DEBUG") == "1":
+            raise
+        print(f"kvcomm: {type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2 if isinstance(e, InputError | UnsupportedModel) else 1
+    except KeyboardInterrupt:
+        print("kvcomm: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(chosen: Command | None) -> argparse.ArgumentParser:
+    """All commands by name and help; only the chosen one with its flags, because those cost an import."""
+    top = argparse.ArgumentParser(prog="kvcomm", description="A team of language-model agents shares its KV-cache.")
+    top.add_argument("--version", action="version", version=f"kvcomm {__version__}")
+    names = top.add_subparsers(metavar="COMMAND")
+    groups = {}
+    for name, text in GROUPS:
+        groups[name] = names.add_parser(name, help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        *group, name = command.words
+        parser = (groups[group[0]] if group else names).add_parser(name, help=command.help, description=command.help)
+        if command is chosen:
+            _shared_arguments(parser)
+            _load(command).add_arguments(parser)
+    return top
+
+
+def _shared_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=("terminal", "json"), default="terminal", help="what is printed (default: terminal)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="also write the results into this folder")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, only results")
+
+
+def _load(command: Command) -> CommandModule:
+    return cast(CommandModule, import_module(command.module))

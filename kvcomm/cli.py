@@ -44,7 +44,7 @@ class Command:
 
 COMMANDS = (
     Command(("demo",), "kvcomm.demo.command", "a five-agent team answers real tasks, dense beside shared"),
-    Command(("bench", "ttft"), "kvcomm.bench.ttft", "time to first token of every agent: dense, prefix cache, shared, the limit"),
+    Command(("bench", "ttft"), "kvcomm.bench.ttft", "time to first token of each agent: dense, prefix cache, shared, limit"),
     Command(("doctor",), "kvcomm.doctor", "what is installed, what can be used here, what is missing"),
 )
 GROUPS = (("bench", "measure on this machine"),)
@@ -89,10 +89,10 @@ def _parser(chosen: Command | None) -> argparse.ArgumentParser:
 
 
 def _shared_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", choices=("terminal", "json"), default="terminal", help="what is printed (default: terminal)")
+    parser.add_argument("--format", choices=("terminal", "json"), default="terminal", help="what is printed")
     parser.add_argument("--output", type=Path, metavar="DIR", help="also write the results into this folder")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress, only results")
 
 
 def _load(command: Command) -> CommandModule:
-    return cast(CommandModule, import_module(command.module))
+    return cast("CommandModule", import_module(command.module))

@@ -27,8 +27,8 @@ def document(schema: str, **body: object) -> dict[str, Any]:
     """A document `{schema, kvcomm_version, created_utc, machine, **body}`, ready for `dumps` and `write_json`.
 
     `schema` is `kvcomm.<what>/<version>`, for example `kvcomm.bench.ttft/1`. Dataclasses, numpy and torch scalars, tuples and
-    paths anywhere in `body` become plain JSON types. Raises TypeError for anything else and ValueError for NaN or infinity: what
-    was not measured is None.
+    paths anywhere in `body` become plain JSON types. Raises TypeError for anything else and ValueError for NaN or infinity:
+    what was not measured is None.
     """
     head = {
         "schema": schema,
@@ -47,7 +47,7 @@ def dumps(doc: Mapping[str, Any]) -> str:
 
 
 def write_json(path: str | os.PathLike[str], doc: Mapping[str, Any]) -> Path:
-    """Write the document and return its path. Makes missing folders; a reader sees the old file or the new one, never a part."""
+    """Write the document and return its path. Makes missing folders; readers see the old file or the new one, never a part."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")

@@ -1,0 +1,42 @@
+# make demo    a five-agent team answers real tasks, dense beside shared
+# make test    the same, then every test
+# make check   lint and types
+#
+# Each makes .venv and installs the pinned versions first; Python 3.11 or newer is all it needs.
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test check install
+.DEFAULT_GOAL := demo
+
+demo: install
+	$(BIN)/kvcomm demo
+
+test: demo
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(STAMP)
+
+# While .venv/.installing exists the folder cannot be trusted (a killed pip leaves packages that look whole): begin again.
+# torch goes first and alone, so that its version and build are settled before anything else can ask for another one.
+$(STAMP): setup.cfg constraints.txt
+	@if [ -e .venv/.installing ] || ! $(PIP) --version >/dev/null 2>&1; then rm -rf .venv; fi
+	@if [ ! -d .venv ]; then \
+	    for python in python3.11 python3; do \
+	        if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	            mkdir .venv && touch .venv/.installing && exec $$python -m venv .venv; \
+	        fi; \
+	    done; \
+	    echo 'kvcomm needs Python 3.11 or newer: neither python3.11 nor python3 on your PATH is one.' >&2; exit 1; \
+	fi
+	@touch .venv/.installing
+	$(PIP) install $$(grep '^torch==' constraints.txt)
+	$(PIP) install -c constraints.txt -e '.[test]'
+	@rm .venv/.installing && touch $@

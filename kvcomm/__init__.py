@@ -29,21 +29,22 @@ __all__ = [
     "__version__",
 ]
 
+if not TYPE_CHECKING:  # type checkers see the imports above, and a misspelt name
 
-def __getattr__(name: str) -> object:
-    """PEP 562: find the module that defines `name`; raises AttributeError for names outside `__all__`."""
-    match name:
-        case "KVComm" | "Output":
-            module = "kvcomm.engine"
-        case "Config":
-            module = "kvcomm.config"
-        case "ReuseReport":
-            module = "kvcomm.segments"
-        case "CacheFault" | "InputError" | "KVCommError" | "TeamError" | "UnsupportedModel":
-            module = "kvcomm.errors"
-        case _:
-            raise AttributeError(f"module 'kvcomm' has no attribute {name!r}")
-    return getattr(import_module(module), name)
+    def __getattr__(name: str) -> object:
+        """PEP 562: find the module that defines `name`; raises AttributeError for names outside `__all__`."""
+        match name:
+            case "KVComm" | "Output":
+                module = "kvcomm.engine"
+            case "Config":
+                module = "kvcomm.config"
+            case "ReuseReport":
+                module = "kvcomm.segments"
+            case "CacheFault" | "InputError" | "KVCommError" | "TeamError" | "UnsupportedModel":
+                module = "kvcomm.errors"
+            case _:
+                raise AttributeError(f"module 'kvcomm' has no attribute {name!r}")
+        return getattr(import_module(module), name)
 
 
 def __dir__() -> list[str]:

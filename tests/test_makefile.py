@@ -1,4 +1,4 @@
-"""The install step of the Makefile, with a fake Python that writes down what it is asked: order, stamp, recovery, a clear error."""
+"""The install step of the Makefile, with a fake Python that notes what it is asked: order, stamp, recovery, a clear error."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# Logs its arguments; `-m venv .venv` puts a copy of itself there; a version check fails when the file `old` is beside the Makefile,
-# and `pip install -c` when the file `broken` is.
+# Logs its arguments; `-m venv .venv` puts a copy of itself there; a version check fails when the file `old` is beside the
+# Makefile, and `pip install -c` when the file `broken` is.
 FAKE = """#!/bin/sh
 echo "$(basename "$0") $*" >> log
 case "$*" in
@@ -47,11 +47,8 @@ class House:
         argv = [self.make, "install"]
         done = subprocess.run(argv, cwd=self.folder, env=env, capture_output=True, text=True, timeout=60, check=False)
         asked = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        return (
-            done.returncode,
-            done.stderr,
-            [a.replace("-m pip --disable-pip-version-check", "pip") for a in asked if "version" not in a[:40]],
-        )
+        asked = [line.replace("-m pip --disable-pip-version-check", "pip") for line in asked]
+        return done.returncode, done.stderr, [line for line in asked if "version" not in line]
 
 
 @pytest.fixture

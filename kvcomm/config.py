@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -33,7 +33,14 @@ class Config:
             raise InputError(f"mode is {self.mode!r}; use one of {', '.join(get_args(Mode))}")
         if self.rung not in ("boundary", "rotate", "naive"):
             raise InputError(f"rung is {self.rung!r}; use boundary, rotate or naive")
-        for name, least in {"min_run": 16, "boundary": 0, "closing": 1, "store_bytes": 0, "index_windows": 1, "variants": 1}.items():
+        for name, least in {
+            "min_run": 16,
+            "boundary": 0,
+            "closing": 1,
+            "store_bytes": 0,
+            "index_windows": 1,
+            "variants": 1,
+        }.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0.0 <= self.max_recompute <= 1.0:
@@ -47,7 +54,7 @@ class Config:
             text = env.get(f"KVCOMM_{field.name.upper()}")
             if text is None:
                 continue
-            kind = type(field.default)
+            kind: Callable[[str], object] = type(field.default)
             try:
                 values[field.name] = kind(text)
             except ValueError as e:

@@ -93,8 +93,8 @@ class Span:
 class Plan:
     """How one prompt is served. Spans are disjoint and in order; what they do not cover is in `recompute`.
 
-        prompt     |  span 0  | seam |   span 1    | new text | last token
-        recompute             xxxxxxxxx            xxxxxxxxxxxxxxxxxxxxxxx     (seam + the first k tokens of span 1 + ...)
+    prompt     |  span 0  | seam |   span 1    | new text | last token
+    recompute             xxxxxxxxx            xxxxxxxxxxxxxxxxxxxxxxx     (seam + the first k tokens of span 1 + ...)
     """
 
     length: int  # tokens of the prompt

@@ -23,6 +23,7 @@ LAYERS = (
     ("store",),
     ("guard", "metrics", "policy"),
     ("backends",),
+    ("learning",),
     ("engine",),
     ("connectors", "replay", "wire"),
     ("agents",),

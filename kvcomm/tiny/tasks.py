@@ -131,9 +131,10 @@ def ask(rng: random.Random, world: World, style: str, *, step: str = "", binding
     if step and world.domain.arithmetic:  # totals are of numbers; a world without any gets a plain question
         numbers = {b: kept for b, keys in found.items() if (kept := [k for k in keys if k[1] != world.domain.link])}
         found, step = (numbers, step) if numbers else (found, "")
-    if binding is None or binding not in found:
-        direct = [b for b in found if b != "two-hop"]
-        binding = "two-hop" if "two-hop" in found and (rng.random() < two_hop or not direct) else rng.choice(direct)
+    direct = [b for b in found if b != "two-hop"]
+    if binding is None or not found.get(binding):
+        wanted = "two-hop" in found and rng.random() < two_hop
+        binding = "two-hop" if wanted and found["two-hop"] else rng.choice(direct)
     owner, attribute = rng.choice(found[binding])
     if binding == "two-hop":
         link, hop = world.domain.link, world.facts[owner, world.domain.link]
@@ -142,12 +143,12 @@ def ask(rng: random.Random, world: World, style: str, *, step: str = "", binding
     else:
         asked, value = f"{attribute} of {owner}", world.facts[owner, attribute]
         stated = f"{asked} is"
-    memo = world.domain.memo
+    memo, shown = world.domain.memo, value if attribute == world.domain.link else styled(value, style)  # names keep their form
     if not step:
-        return Item(f"{asked} ?", f"{stated} {styled(value, style)} .", binding)
+        return Item(f"{asked} ?", f"{stated} {shown} .", binding)
     if not (world.domain.arithmetic and world.memos):
         world.memos[step] = value
-        return Item(f"{memo} {step} : {asked} ?", f"{stated} {styled(value, style)} so {memo} {step} is {value} .", binding)
+        return Item(f"{memo} {step} : {asked} ?", f"{stated} {shown} so {memo} {step} is {value} .", binding)
     before, total = list(world.memos.items())[-1]
     minus = int(total) >= int(value) and (rng.random() < 0.5 or int(total) + int(value) > 20)
     result = int(total) - int(value) if minus else int(total) + int(value)
@@ -155,7 +156,7 @@ def ask(rng: random.Random, world: World, style: str, *, step: str = "", binding
     world.memos[step] = str(result)
     return Item(
         f"{memo} {step} : {memo} {before} {sign} {asked} ?",
-        f"{stated} {styled(value, style)} and {memo} {before} is {total} so {memo} {step} is {result} .",
+        f"{stated} {shown} and {memo} {before} is {total} so {memo} {step} is {result} .",
         binding,
     )
 
@@ -163,8 +164,9 @@ def ask(rng: random.Random, world: World, style: str, *, step: str = "", binding
 def recall(rng: random.Random, world: World, style: str) -> Item:
     """A question about a memo that an earlier agent stated."""
     step = rng.choice(list(world.memos))
-    memo = world.domain.memo
-    return Item(f"{memo} {step} ?", f"{memo} {step} is {styled(world.memos[step], style)} .", "output")
+    memo, value = world.domain.memo, world.memos[step]
+    shown = value if value in world.domain.owners else styled(value, style)
+    return Item(f"{memo} {step} ?", f"{memo} {step} is {shown} .", "output")
 
 
 def next_step(world: World) -> str:

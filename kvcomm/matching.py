@@ -1,0 +1,399 @@
+"""Finds known text in a prompt: runs of token ids that stand in a known segment, at any offset, without any annotation.
+
+A window of 8 tokens is indexed at every 8th offset of a segment and the prompt is hashed at every position, so every common
+run of at least 15 tokens holds a window that is seen. A seen window is verified on the token ids and extended to the maximal
+run. A second table holds hashes of whole prefixes: it answers what an exact prefix cache would, whatever the number of
+contexts that a text was seen in. Knows nothing of KV, models or plans.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from threading import Lock
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcomm.errors import InputError
+from kvcomm.segments import Ids, Segment
+
+__all__ = ["WINDOW", "Match", "TextIndex"]
+
+WINDOW = 8  # tokens hashed together, and the stride at which a segment's windows are indexed
+NEAR = 128  # tokens in front of a run that decide which of several contexts is the nearest
+WORK = 1024  # token comparisons allowed per prompt token; a search that needs more ends with what it has
+
+_MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64
+_INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
+
+_Hashes = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Match:
+    """Prompt tokens [start, end) are `segment.ids[offset : offset + end - start]`.
+
+    `exact`: the run also stands at the position where it was computed, behind the same tokens, and nothing in front of it was
+    approximate then. Its stored KV is what a dense prefill of this prompt would give.
+    """
+
+    start: int
+    end: int
+    segment: Segment
+    offset: int
+    exact: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(eq=False)
+class _Record:
+    """A segment in the index. Mutable: `live` follows the tables."""
+
+    segment: Segment
+    number: int  # grows with every segment added
+    data: bytes  # segment.ids
+    context_hash: int
+    live: int = 0  # entries of this segment in both tables
+
+    @property
+    def windows(self) -> int:
+        return len(self.segment.ids) // WINDOW
+
+
+@dataclass
+class _Space:
+    """The tables of one fingerprint and tenant: hash -> places (record, offset), oldest first."""
+
+    windows: dict[int, list[tuple[_Record, int]]] = field(default_factory=dict)  # of 8 tokens, wherever they stand
+    prefixes: dict[int, list[tuple[_Record, int]]] = field(default_factory=dict)  # of context + ids up to a window's end
+
+
+class TextIndex:
+    """Known segments, and where a prompt repeats them. Thread safe: one lock, held for the length of a call.
+
+    `min_run` is the shortest run reported (tokens, at least 15), `max_windows` bounds the index (a window stands for 8 tokens
+    of a segment; the oldest segments leave first), `variants` bounds the places kept per window (the oldest leave first; a
+    text that repeats itself takes no place from others).
+    """
+
+    def __init__(self, *, min_run: int = 2 * WINDOW, max_windows: int = 1 << 20, variants: int = 8) -> None:
+        if min_run < 2 * WINDOW - 1:
+            raise InputError(f"min_run is {min_run}; windows of {WINDOW} tokens find every run of {2 * WINDOW - 1} or more")
+        if max_windows < 1 or variants < 1:
+            raise InputError(f"max_windows is {max_windows} and variants {variants}; both must be at least 1")
+        self.min_run, self.max_windows, self.variants = min_run, max_windows, variants
+        self.compared = 0  # token comparisons of all searches so far: their cost without a clock
+        self._records: OrderedDict[str, _Record] = OrderedDict()
+        self._spaces: dict[tuple[str, str], _Space] = {}
+        self._windows = 0
+        self._added = 0
+        self._lock = Lock()
+
+    def add(self, segment: Segment) -> tuple[str, ...]:
+        """Know `segment` from now on; one that is known already becomes the newest.
+
+        Returns the keys that can no longer be found after this call, for whoever keeps their KV: the oldest segments, those
+        whose every window newer ones displaced, and `segment` itself where it is too short or too large to be indexed.
+        """
+        with self._lock:
+            if segment.key in self._records:
+                self._records.move_to_end(segment.key)
+                return ()
+            record = _Record(segment, self._added, _bytes(segment.ids), 0)
+            if len(segment.ids) < self.min_run or record.windows > self.max_windows:
+                return (segment.key,)
+            self._added += 1
+            self._records[segment.key] = record
+            self._windows += record.windows
+            lost = self._insert(record)
+            while self._windows > self.max_windows:
+                lost.append(next(iter(self._records)))
+                self._forget(lost[-1])
+            return tuple(lost)
+
+    def remove(self, key: str) -> bool:
+        """Forget a segment; False when it was not known."""
+        with self._lock:
+            return self._forget(key)
+
+    def find(self, ids: Ids, *, fingerprint: str, tenant: str = "") -> list[Match]:
+        """Known runs of this fingerprint and tenant, disjoint and in order; never a run whose token ids differ.
+
+        First come exact runs, each from where the last one ended, as far as they reach without a gap (the longest first):
+        they cost no quality. Behind them, from left to right, the longest of the runs that start within a window's length of
+        the leftmost one; among equally long ones an exact one, then the one whose context is nearest (`_nearness`), then the
+        newest. A run ends where its segment ends and starts where the run before it ended at the earliest.
+        Time is linear in the prompt; `ids` is only read.
+        """
+        with self._lock:
+            space = self._spaces.get((fingerprint, tenant))
+            if space is None or len(ids) < self.min_run:
+                return []
+            search = _Search(space, np.ascontiguousarray(ids, dtype=np.int32), self.min_run)
+            matches = search.cover()
+            self.compared += search.compared
+            return matches
+
+    def __contains__(self, key: object) -> bool:
+        with self._lock:
+            return key in self._records
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._records)
+
+    @property
+    def windows(self) -> int:
+        """Windows of all known segments, at most `max_windows`."""
+        with self._lock:
+            return self._windows
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when the tables, the records and the bounds contradict each other. Slow; for tests."""
+        with self._lock:
+            assert self._windows == sum(r.windows for r in self._records.values()) <= self.max_windows
+            live = dict.fromkeys((r.number for r in self._records.values()), 0)
+            for name, space in self._spaces.items():
+                assert space.windows, f"an empty space is kept: {name}"
+                for column, table in enumerate((space.windows, space.prefixes)):
+                    for hashed, places in table.items():
+                        assert 0 < len(places) <= self.variants
+                        for record, offset in places:
+                            assert self._records.get(record.segment.key) is record
+                            assert (record.segment.fingerprint, record.segment.tenant) == name
+                            assert _keys(record.segment)[:2][column][offset // WINDOW] == hashed
+                            assert offset % WINDOW == 0
+                            live[record.number] += 1
+            for record in self._records.values():
+                assert record.live == live[record.number] > 0
+                assert record.data == _bytes(record.segment.ids)
+
+    def _insert(self, record: _Record) -> list[str]:
+        """Enter a record's places into the tables; returns the keys of records that lost their last place to it."""
+        segment = record.segment
+        space = self._spaces.setdefault((segment.fingerprint, segment.tenant), _Space())
+        windows, prefixes, record.context_hash = _keys(segment)
+        lost = []
+        for table, keys in ((space.windows, windows), (space.prefixes, prefixes if segment.exact else [])):
+            for j, hashed in enumerate(keys):
+                places = table.setdefault(hashed, [])
+                if len(places) >= self.variants:
+                    if any(r is record for r, _ in places):
+                        continue
+                    old, _ = places.pop(0)
+                    old.live -= 1
+                    if not old.live:
+                        lost.append(old.segment.key)
+                places.append((record, j * WINDOW))
+                record.live += 1
+        for key in lost:
+            self._windows -= self._records.pop(key).windows
+        return lost
+
+    def _forget(self, key: str) -> bool:
+        record = self._records.pop(key, None)
+        if record is None:
+            return False
+        self._windows -= record.windows
+        name = (record.segment.fingerprint, record.segment.tenant)
+        space = self._spaces[name]
+        windows, prefixes, _ = _keys(record.segment)
+        for table, keys in ((space.windows, windows), (space.prefixes, prefixes)):
+            for hashed in keys:
+                places = [place for place in table.get(hashed, ()) if place[0] is not record]
+                if places:
+                    table[hashed] = places
+                else:
+                    table.pop(hashed, None)
+        if not space.windows:
+            del self._spaces[name]
+        return True
+
+
+class _Search:
+    """One prompt against one space."""
+
+    def __init__(self, space: _Space, prompt: Ids, min_run: int) -> None:
+        self.space, self.prompt, self.min_run = space, prompt, min_run
+        self.data = prompt.tobytes()
+        self.prefix = _prefix_hashes(prompt)
+        self.windows: list[int] = _window_hashes(self.prefix, np.arange(len(prompt) - WINDOW + 1)).tolist()
+        self.compared = 0
+        self._seen: set[int] = set()  # windows of the prompt up to `_seen_to`, for `_nearness`
+        self._seen_to = 0
+
+    def cover(self) -> list[Match]:
+        known = self.space.windows
+        hits = [i for i, hashed in enumerate(self.windows) if hashed in known]
+        matches: list[Match] = []
+        end, unbroken = 0, True  # unbroken: [0, end) is covered by exact matches
+        while self.compared <= WORK * len(self.prompt):
+            match = (self._exact_from(end) if unbroken else None) or self._next(hits, end)
+            if match is None:
+                break
+            matches.append(match)
+            unbroken = unbroken and match.exact and match.start == end
+            end = match.end
+        return matches
+
+    def _exact_from(self, start: int) -> Match | None:
+        """The longest exact run that starts at `start`."""
+        best: Match | None = None
+        for i in range(start, min(start + WINDOW, len(self.windows))):
+            for record, offset in self.space.prefixes.get(int(self.prefix[i + WINDOW]), ()):
+                offset -= i - start
+                if offset < 0 or not self._is_exact(record, offset, start):
+                    continue
+                end = start + self._common(record, offset, start)
+                if end - start >= self.min_run and (best is None or end > best.end):
+                    best = Match(start, end, record.segment, offset, exact=True)
+        return best
+
+    def _next(self, hits: list[int], floor: int) -> Match | None:
+        """The leftmost-longest run that starts at `floor` or later.
+
+        floor   first                    every run that starts at s shows a window in [s, s + 7], so once a run that
+          |       |<-- 7 -->|<-- 7 -->|  starts at `first` is known, windows up to first + 14 show all runs that
+        --+-------[======]--[=====]------ start up to first + 7; those compete, and the longest wins
+
+        """
+        runs: list[tuple[int, int, _Record, int]] = []  # start, end, record, offset
+        done: dict[tuple[int, int], int] = {}  # (record, diagonal) -> end of what was compared on it
+        first = len(self.prompt)
+        for k in range(bisect_left(hits, floor), len(hits)):
+            i = hits[k]
+            if i > first + 2 * (WINDOW - 1) or self.compared > WORK * len(self.prompt):
+                break
+            for record, offset in self.space.windows[self.windows[i]]:
+                diagonal = (record.number, i - offset)
+                if i < done.get(diagonal, 0):
+                    continue
+                right = self._common(record, offset, i)
+                left = self._common_before(record, offset, i, floor)
+                done[diagonal] = i + right
+                if left + right >= self.min_run:
+                    runs.append((i - left, i + right, record, offset - left))
+                    first = min(first, i - left)
+        return self._choose([run for run in runs if run[0] < first + WINDOW]) if runs else None
+
+    def _choose(self, runs: list[tuple[int, int, _Record, int]]) -> Match:
+        longest = max(end - start for start, end, _, _ in runs)
+        runs = [run for run in runs if run[1] - run[0] == longest]
+        exact = [run for run in runs if self._is_exact(run[2], run[3], run[0])]
+        if exact or len(runs) == 1:
+            start, end, record, offset = max(exact or runs, key=lambda run: run[2].number)
+        else:
+            start, end, record, offset = max(runs, key=lambda run: (self._nearness(run), run[2].number))
+        return Match(start, end, record.segment, offset, bool(exact))
+
+    def _is_exact(self, record: _Record, offset: int, start: int) -> bool:
+        """Is `record`'s token at `offset` at its old position, behind the same tokens? Decided on the token ids."""
+        segment = record.segment
+        if not segment.exact or segment.start + offset != start or int(self.prefix[segment.start]) != record.context_hash:
+            return False
+        self.compared += start
+        return self.data[4 * segment.start : 4 * start] == record.data[: 4 * offset] and np.array_equal(
+            segment.context, self.prompt[: segment.start]
+        )
+
+    def _common(self, record: _Record, offset: int, at: int) -> int:
+        """Tokens equal from prompt[at] and ids[offset] on."""
+        length = min(len(self.prompt) - at, len(record.segment.ids) - offset)
+        done, step = 0, 4 * WINDOW
+        while done < length:
+            step = min(step, length - done)
+            a = self.data[4 * (at + done) : 4 * (at + done + step)]
+            b = record.data[4 * (offset + done) : 4 * (offset + done + step)]
+            self.compared += step
+            if a != b:
+                differ = int.from_bytes(a, "little") ^ int.from_bytes(b, "little")
+                return done + ((differ & -differ).bit_length() - 1) // 32
+            done += step
+            step *= 2
+        return length
+
+    def _common_before(self, record: _Record, offset: int, at: int, floor: int) -> int:
+        """Tokens equal in front of prompt[at] and ids[offset], not beyond prompt[floor]."""
+        length = min(at - floor, offset)
+        done, step = 0, WINDOW
+        while done < length:
+            step = min(step, length - done)
+            a = self.data[4 * (at - done - step) : 4 * (at - done)]
+            b = record.data[4 * (offset - done - step) : 4 * (offset - done)]
+            self.compared += step
+            if a != b:
+                differ = int.from_bytes(a, "big") ^ int.from_bytes(b, "big")
+                return done + ((differ & -differ).bit_length() - 1) // 32
+            done += step
+            step *= 2
+        return length
+
+    def _nearness(self, run: tuple[int, int, _Record, int]) -> float:
+        """How much of what stood in front of a run when it was computed also stands in front of it in the prompt, 0 to 1.
+
+        A token of the segment's last 128 before the run counts as common when it belongs to the common suffix of both texts or
+        to a window of 8 tokens that stands anywhere before the run in the prompt (by hash: it ranks, it proves nothing). The
+        token at distance d weighs 1 / (d + 8). The sum is divided by that of the longer of the two texts, so that foreign
+        context and missing context both count against a segment.
+        """
+        start, _, record, offset = run
+        self._seen.update(self.windows[self._seen_to : max(start - WINDOW + 1, 0)])
+        self._seen_to = max(self._seen_to, start - WINDOW + 1)
+        segment = record.segment
+        tail = segment.ids[max(offset - NEAR, 0) : offset]
+        if offset < NEAR:
+            tail = np.concatenate([segment.context[max(segment.start + offset - NEAR, 0) :], tail])
+        before = self.prompt[max(start - NEAR, 0) : start]
+        self.compared += NEAR
+        if not len(tail) or not len(before):
+            return float(len(tail) == len(before))
+        common = np.zeros(len(tail), dtype=bool)
+        shorter = min(len(tail), len(before))
+        same = tail[-shorter:] == before[-shorter:]
+        common[-shorter:] = np.logical_and.accumulate(same[::-1])[::-1]
+        if len(tail) >= WINDOW:
+            windows = _window_hashes(_prefix_hashes(tail), np.arange(len(tail) - WINDOW + 1))
+            for j, hashed in enumerate(windows.tolist()):
+                if hashed in self._seen:
+                    common[j : j + WINDOW] = True
+        weights = 1.0 / (np.arange(max(len(tail), len(before))) + 8.0)
+        return float(weights[: len(tail)][::-1][common].sum() / weights.sum())
+
+
+def _bytes(ids: Ids) -> bytes:
+    return np.ascontiguousarray(ids, dtype=np.int32).tobytes()
+
+
+def _prefix_hashes(ids: Ids) -> _Hashes:
+    """[tokens + 1]; entry i hashes the i first tokens: sum of mix(id_j) * multiplier**j, modulo 2**64."""
+    mixed = ids.astype(np.uint64) + np.uint64(_MULTIPLIER)  # splitmix64: small ids must not give small hashes
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    out = np.zeros(len(ids) + 1, dtype=np.uint64)
+    np.cumsum(mixed * _powers(_MULTIPLIER, len(ids)), out=out[1:])
+    return out
+
+
+def _window_hashes(prefix: _Hashes, at: npt.NDArray[np.int64]) -> _Hashes:
+    """Hashes of the 8 tokens from each position of `at`: a difference of prefix hashes, moved to power 0."""
+    inverse = _powers(_INVERSE, len(prefix))
+    return (prefix[at + WINDOW] - prefix[at]) * inverse[at]
+
+
+def _powers(base: int, count: int) -> _Hashes:
+    powers = np.full(count, base, dtype=np.uint64)
+    powers[:1] = 1
+    return np.cumprod(powers, dtype=np.uint64)
+
+
+def _keys(segment: Segment) -> tuple[list[int], list[int], int]:
+    """Hashes of a segment's windows, of its prefixes up to each window's end, and of its context."""
+    prefix = _prefix_hashes(np.concatenate([segment.context, segment.ids]))
+    at = segment.start + np.arange(0, len(segment.ids) - WINDOW + 1, WINDOW)
+    return _window_hashes(prefix, at).tolist(), prefix[at + WINDOW].tolist(), int(prefix[segment.start])

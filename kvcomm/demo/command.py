@@ -1,0 +1,87 @@
+"""`kvcomm demo`: three workloads, a five-agent team, every request densely and shared in turn."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kvcomm.agents.team import Team
+from kvcomm.backends.loading import load
+from kvcomm.demo.page import page, terminal
+from kvcomm.demo import runner
+from kvcomm.demo.runner import ARMS
+from kvcomm.demo.summary import summarise
+from kvcomm.demo.workloads import ROLES, SPARE, Task, default_team, make_task
+from kvcomm.errors import InputError
+from kvcomm.report import document, dumps, write_json
+from kvcomm.tiny import FOLDER
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `kvcomm demo`."""
+    parser.add_argument("--model", default=str(FOLDER), metavar="ID", help="Hugging Face id or folder (default: the embedded model)")
+    parser.add_argument("--team", type=Path, metavar="FILE", help="a team as YAML instead of the built-in ones")
+    parser.add_argument("--requests", type=int, default=24, metavar="N", help="team requests in all (default: 24)")
+    parser.add_argument("--agents", type=int, default=5, metavar="N", help="agents of the built-in teams (default: 5)")
+    parser.add_argument("--documents", type=int, default=24, metavar="N", help="documents that every agent reads (default: 24)")
+    parser.add_argument("--dtype", default="float32", help="the model's dtype (default: float32)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the demo and returns its JSON document. Raises InputError for flags that cannot be used."""
+    most = len(ROLES["math"]) + len(SPARE)
+    for name, value, low, high in (("requests", args.requests, 1, None), ("agents", args.agents, 2, most), ("documents", args.documents, 2, 26)):
+        if value < low or (high is not None and value > high):
+            raise InputError(f"--{name} is {value}; it must be at least {low}" + (f" and at most {high}" if high else ""))
+    team = Team.from_yaml(args.team) if args.team else None
+    dtype = getattr(torch, args.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"--dtype is {args.dtype!r}; use float32, bfloat16 or float16")
+    backend = load(args.model, dtype=dtype)
+    names = list(ROLES)
+    teams = {name: team or default_team(name, args.agents) for name in names}
+    rng = random.Random(args.seed)
+    tasks = [make_task(rng, names[i % len(names)], teams[names[i % len(names)]].agents, args.documents) for i in range(args.requests)]
+    generators = runner.arms(backend)
+    _warm_up(generators, teams, make_task(random.Random(~args.seed), names[0], teams[names[0]].agents, 2))
+    with tqdm(total=len(tasks) * len(ARMS), desc="requests x arms", disable=args.quiet, leave=False) as bar:
+        calls = runner.run(generators, teams, tasks, seed=args.seed, tick=bar.update)
+    summary = summarise(calls)
+    return document(
+        "kvcomm.demo/1",
+        model=args.model if args.model != str(FOLDER) else "embedded",
+        dtype=args.dtype,
+        seed=args.seed,
+        teams={name: {"agents": [a.name for a in t.agents], "graph": t.graph()} for name, t in teams.items()},
+        all=summary.pop("all"),
+        workloads=summary,
+        example=[c for c in calls if c.request == 0 and c.arm in ("dense", "shared")],
+    )
+
+
+def _warm_up(generators: dict[str, runner.Arm], teams: dict[str, Team], task: Task) -> None:
+    """The first calls of a process pay for its set-up; they belong to no arm."""
+    runner.run(generators, teams, [task], seed=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    doc = measure(args)
+    if args.format == "json":
+        print(dumps(doc))
+    else:
+        print(terminal(doc))
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_json(args.output / "demo.json", doc)
+        (args.output / "demo.html").write_text(page(doc), encoding="utf-8")
+        if args.format == "terminal":
+            print(f"\nwritten: {args.output / 'demo.json'}, {args.output / 'demo.html'}")
+    return 0

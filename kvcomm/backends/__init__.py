@@ -1,0 +1,3 @@
+"""Where models run: `base` is the contract, `hf` serves Hugging Face models."""
+
+__all__: list[str] = []

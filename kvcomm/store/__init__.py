@@ -1,0 +1,7 @@
+"""Where segments' KV is kept: the contract in `base`, one implementation per module."""
+
+from kvcomm.store.base import Kept, Store, StoreStats
+from kvcomm.store.memory import MemoryStore
+from kvcomm.store.null import NullStore
+
+__all__ = ["Kept", "MemoryStore", "NullStore", "Store", "StoreStats"]

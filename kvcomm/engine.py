@@ -27,6 +27,7 @@ from kvcomm.metrics import Counters
 from kvcomm.policy import plan as make_plan
 from kvcomm.segments import Ids, Plan, ReuseReport, SegmentKV, Span, SpanReport
 from kvcomm.store.memory import MemoryStore
+from kvcomm.streaming import Stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,19 +103,20 @@ class KVComm:
     @classmethod
     def from_pretrained(
         cls,
-        model_id: str,
+        model_id: str | None = None,
         *,
         dtype: str | torch.dtype = "auto",
         config: Config | None = None,
         store: Store | None = None,
         **options: Any,  # Hugging Face loading options, passed on
     ) -> KVComm:
-        """Loads a Hugging Face id or folder. Raises InputError where there is no usable checkpoint and UnsupportedModel where its
+        """Loads a Hugging Face id or folder, without one the embedded model. Raises InputError where there is no usable checkpoint and UnsupportedModel where its
         cache cannot be shared.
         """
         from kvcomm.backends.loading import load
+        from kvcomm.tiny import FOLDER
 
-        return cls(load(model_id, dtype=dtype, **options), config=config, store=store)
+        return cls(load(model_id or str(FOLDER), dtype=dtype, **options), config=config, store=store)
 
     @classmethod
     def from_model(
@@ -158,6 +160,11 @@ class KVComm:
         text = self.backend.tokenizer.decode(new, skip_special_tokens=True) if self.backend.tokenizer else ""
         assert report.ttft_ms is not None
         return Output(text.strip(), new, report.ttft_ms, report)
+
+    def stream(self, prompt: Prompt, **options: Any) -> Stream:
+        """As `generate`, piece by piece: iterate for text, then read `.output`. An unusable prompt raises here, at once."""
+        self.encode(prompt)
+        return Stream(lambda streamer: self.generate(prompt, streamer=streamer, **options), self.backend.tokenizer)
 
     @contextmanager
     def acting(self, agent: str, *, rule: Rule = "auto", tenant: str = "") -> Iterator[None]:
@@ -227,7 +234,7 @@ class KVComm:
     def _plan(self, request: _Request) -> Plan:
         who = request.who
         try:
-            matches: list[Match] = self.index.find(request.ids, fingerprint=self.backend.fingerprint, tenant=who.tenant)
+            matches = self._matches(request)
             request.matched = perf_counter()
             plan = make_plan(len(request.ids), matches, self.config, who.rule)
         except Exception as fault:
@@ -235,6 +242,16 @@ class KVComm:
             plan = self._dense(request, f"fault: {fault}")
         request.planned = perf_counter()
         return plan
+
+    def _matches(self, request: _Request) -> list[Match]:
+        """Known runs whose KV is in the store; what the store has evicted since is forgotten here."""
+        while True:
+            found = self.index.find(request.ids, fingerprint=self.backend.fingerprint, tenant=request.who.tenant)
+            gone = {match.segment.key for match in found if match.segment.key not in self.store}
+            if not gone:
+                return found
+            for key in gone:
+                self._learner.forget(key)
 
     def _run(self, request: _Request, plan: Plan, call: Callable[[SpanCache], Any], kwargs: Mapping[str, Any]) -> tuple[Any, SpanCache, Plan]:
         """Runs `call` on an assembled cache; densely where assembling fails or the first logits are not numbers."""
@@ -260,7 +277,7 @@ class KVComm:
             for span in plan.spans:
                 kv = self.store.get(span.segment.key)
                 if kv is None:
-                    raise CacheFault("a planned segment is gone from the store")
+                    raise CacheFault("a planned segment left the store, or was altered in it")
                 stored.append((span, kv))
             self.backend.fill(cache, plan.length, stored, rotate=self.config.rung != "naive")
             self.backend.arm(cache, torch.from_numpy(request.ids.astype(np.int64))[None], torch.from_numpy(plan.recompute))

@@ -57,12 +57,9 @@ class Learner:
         if segment.key in self.store:
             return
         kv = self.backend.read(cache, start, start + len(segment.ids), length)
-        kept = self.store.put(segment, kv)
-        for key in kept.evicted:
-            self.index.remove(key)
-        if kept.stored:
-            for key in self.index.add(segment):
-                self.store.remove(key)
+        if self.store.put(segment, kv):
+            for lost in self.index.add(segment):
+                self.store.remove(lost)
 
     def _keep_answer(self, prompt: Ids, generated: list[int], cache: SpanCache, producer: str, tenant: str, *, exact: bool) -> None:
         """The answer as its readers will encode it. What does not align, and the last sampled token, is computed here."""

@@ -34,6 +34,7 @@ class Task:
     workload: str
     fields: dict[str, str]
     items: dict[str, tuple[tasks.Item, ...]]  # by agent
+    bundles: tuple[str, ...]  # the documents; those that only make sense together are one text
 
 
 def style_of(role: str) -> str:
@@ -59,12 +60,12 @@ def default_team(workload: str, agents: int) -> Team:
     )
 
 
-def make_task(rng: random.Random, workload: str, agents: Sequence[Agent], documents: int) -> Task:
+def make_task(rng: random.Random, workload: str, agents: Sequence[Agent], documents: int, fillers: tuple[int, int] = (0, 3)) -> Task:
     """A fresh world and three questions for every agent, their bindings taking turns.
 
     Fields: `documents` and `questions` (of the first agent), `documents_<i>` and `questions_<i>` of the i-th one.
     """
-    world = tasks.make_world(rng, DOMAINS[workload], documents, fillers=(0, 3), explicit=0.4)
+    world = tasks.make_world(rng, DOMAINS[workload], documents, fillers=fillers, explicit=0.4)
     fields: dict[str, str] = {}
     items: dict[str, tuple[tasks.Item, ...]] = {}
     turn = rng.randrange(len(CLASSES))
@@ -81,4 +82,4 @@ def make_task(rng: random.Random, workload: str, agents: Sequence[Agent], docume
         fields[f"questions_{i}"] = " ".join(item.question for item in asked)
     fields["documents"] = fields["input"] = fields["documents_1"]
     fields["questions"] = fields["questions_1"]
-    return Task(workload, fields, items)
+    return Task(workload, fields, items, tuple(" ".join(bundle) for bundle in world.bundles))

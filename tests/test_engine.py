@@ -1,0 +1,397 @@
+"""The engine on small random models, against plain transformers: the same answers, and dense ones whatever goes wrong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvcomm.config import Config
+from kvcomm.engine import KVComm, Output
+from kvcomm.errors import InputError
+from kvcomm.segments import Segment, SegmentKV
+from kvcomm.store.memory import MemoryStore
+from kvcomm.store.null import NullStore
+from kvcomm.testing import tiny_random
+from kvcomm.tiny import tokenizer as tiny_tokenizer
+
+TEXT = "report about bob : city is oslo . pet is dog . the old river waits slowly . report about erin : city is rome . food is rice ."
+QUESTION = "questions : city of bob ? food of erin ? now write the final answer in the style of your role only ."
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return tiny_tokenizer.build()
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_random("llama", vocab_size=768, max_position_embeddings=600, initializer_range=0.3)
+
+
+@pytest.fixture
+def comm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> KVComm:
+    return KVComm.from_model(model, tokenizer, config=Config())
+
+
+def messages(role: str, text: str = TEXT) -> list[dict[str, str]]:
+    return [{"role": "system", "content": f"you are the {role} , a careful agent of the team ."}, {"role": "user", "content": f"{text} {QUESTION}"}]
+
+
+def plain(model: PreTrainedModel, ids: list[int], n: int = 12, **options: Any) -> list[int]:
+    """Reference: transformers alone."""
+    inputs = torch.tensor([ids])
+    out = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=n, do_sample=False, **options)
+    return out[0, len(ids) :].tolist()
+
+
+def answer(comm: KVComm, prompt: Any, **options: Any) -> Output:
+    return comm.generate(prompt, max_new_tokens=12, do_sample=False, **options)
+
+
+def test_nothing_known_is_plain_generate(comm: KVComm, model: PreTrainedModel) -> None:
+    """First request against transformers alone."""
+    out = answer(comm, messages("clerk"), agent="clerk")
+    assert out.token_ids == plain(model, comm.encode(messages("clerk")))
+    assert out.report.fallback and out.report.reused_tokens == 0 and out.report.agent == "clerk"
+    assert out.ttft_ms > 0 and out.report.learn_ms is not None
+
+
+def test_same_prompt_again_is_exact(comm: KVComm, model: PreTrainedModel) -> None:
+    first, second = answer(comm, messages("clerk")), answer(comm, messages("clerk"))
+    assert second.token_ids == first.token_ids == plain(model, comm.encode(messages("clerk")))
+    assert [s.rung for s in second.report.spans] == ["exact"]
+    assert second.report.computed_tokens == 1
+
+
+def test_another_agent_reuses_the_moved_text(comm: KVComm) -> None:
+    answer(comm, messages("clerk"), agent="clerk")
+    report = answer(comm, messages("very old and very quiet analyst"), agent="analyst").report
+    assert report.fallback is None
+    moved = [s for s in report.spans if s.rung == "boundary"]
+    assert moved and all(s.producer == "clerk" and s.moved_tokens > 0 for s in moved)
+    assert report.reused_tokens + report.computed_tokens == report.prompt_tokens
+    assert sum(report.tokens_by_rung.values()) == report.prompt_tokens
+    assert report.reuse_rate > 0.5
+
+
+def test_all_recomputed_equals_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Spans found and moved, then every token of them recomputed: the text of transformers alone."""
+    comm = KVComm.from_model(model, tokenizer, config=Config(closing=10_000, max_recompute=1.0))
+    answer(comm, messages("clerk"))
+    out = answer(comm, messages("very old analyst"))
+    assert out.token_ids == plain(model, comm.encode(messages("very old analyst")))
+
+
+def test_rotation_matters(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Negative control: the arms that exist to be compared with do give other logits."""
+    outs = {}
+    for rung in ("naive", "rotate", "boundary"):
+        comm = KVComm.from_model(model, tokenizer, config=Config(rung=rung))
+        answer(comm, messages("clerk"))
+        with comm.attach():
+            ids = torch.tensor([comm.encode(messages("very old and very quiet analyst"))])
+            got = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+        outs[rung] = got.logits[0]
+    assert not torch.allclose(outs["naive"], outs["rotate"], atol=1e-3)
+    assert not torch.allclose(outs["rotate"], outs["boundary"], atol=1e-3)
+
+
+def test_an_answer_is_known_to_its_readers(comm: KVComm, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The canonical ids of an answer, last token included, are stored; their KV is that of a dense forward over prompt + answer."""
+    ids = comm.encode(messages("clerk"))
+    out = comm.generate(messages("clerk"), agent="clerk", max_new_tokens=40, do_sample=False)
+    canonical = tokenizer.encode(tokenizer.decode(out.token_ids, skip_special_tokens=True), add_special_tokens=False)
+    stored = [s for s in comm.store.segments() if s.start == len(ids)]
+    assert [s.ids.tolist() for s in stored] == [canonical]
+    kv = comm.store.get(stored[0].key)
+    assert kv is not None
+    with torch.no_grad():
+        cache = model(torch.tensor([[*ids, *canonical]])).past_key_values
+    for layer, keys, values in zip(cache.layers, kv.keys, kv.values, strict=True):
+        torch.testing.assert_close(keys, layer.keys[0, :, len(ids) :], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(values, layer.values[0, :, len(ids) :], atol=1e-4, rtol=1e-4)
+
+
+def test_an_answer_whose_ids_change_when_read(comm: KVComm, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Sampled as single bytes, read as words: the segment has the readers' ids, and the KV a dense forward over them has."""
+    prompt = np.asarray(comm.encode(messages("clerk")), dtype=np.int32)
+    words = tokenizer.encode(" city of bob is oslo and pet of erin is dog . food of bob is rice .", add_special_tokens=False)
+    bytes_of_bob = [tokenizer.convert_tokens_to_ids(c) for c in "Ġbob"]
+    generated = [*words[:2], *bytes_of_bob, *words[3:]]
+    assert tokenizer.decode(generated) == tokenizer.decode(words)
+    cache = comm.backend.cache(600)
+    with torch.no_grad():
+        model(torch.tensor([[*prompt.tolist(), *generated[:-1]]]), past_key_values=cache)
+    from kvcomm.segments import Plan
+
+    plan = Plan(len(prompt), (), np.arange(len(prompt)), "nothing known")
+    comm._learner.learn(prompt, plan, cache, torch.tensor([[*prompt.tolist(), *generated]]), "clerk", "")
+    [segment] = [s for s in comm.store.segments() if s.start == len(prompt)]
+    assert segment.ids.tolist() == words and not segment.exact
+    kv = comm.store.get(segment.key)
+    assert kv is not None
+    with torch.no_grad():
+        dense = model(torch.tensor([[*prompt.tolist(), *words]])).past_key_values
+    torch.testing.assert_close(kv.keys[0], dense.layers[0].keys[0, :, len(prompt) :], atol=1e-5, rtol=1e-4)
+    assert all(k.shape[1] == len(words) for k in kv.keys)
+
+
+@pytest.mark.parametrize("prompt", ["", []])
+def test_empty_prompt(comm: KVComm, prompt: Any) -> None:
+    with pytest.raises(InputError, match="empty"):
+        comm.generate(prompt)
+
+
+def test_prompt_over_the_context(comm: KVComm) -> None:
+    with pytest.raises(InputError, match=r"700 tokens.*600"):
+        comm.generate(" bob" * 700)
+
+
+def test_unusable_options(comm: KVComm) -> None:
+    with pytest.raises(InputError, match="max_new_tokens is 0"):
+        comm.generate("bob", max_new_tokens=0)
+    with pytest.raises(InputError, match="rule is 'sometimes'"):
+        comm.generate("bob", rule="sometimes")  # type: ignore[arg-type]  # that is the point
+
+
+def test_one_token(comm: KVComm, model: PreTrainedModel) -> None:
+    for _ in range(2):
+        assert answer(comm, " bob").token_ids == plain(model, comm.encode(" bob"))
+
+
+def test_one_token_of_overlap_is_no_span(comm: KVComm) -> None:
+    answer(comm, " bob")
+    assert answer(comm, " city of bob").report.spans == ()
+
+
+def test_exact_rule_never_approximates(comm: KVComm, model: PreTrainedModel) -> None:
+    answer(comm, messages("clerk"))
+    out = answer(comm, messages("analyst"), rule="exact")
+    assert all(s.rung == "exact" for s in out.report.spans)
+    assert out.token_ids == plain(model, comm.encode(messages("analyst")))
+
+
+def test_tenants_share_nothing(comm: KVComm) -> None:
+    answer(comm, messages("clerk"), tenant="a")
+    assert answer(comm, messages("clerk"), tenant="b").report.reused_tokens == 0
+    assert answer(comm, messages("clerk"), tenant="a").report.reused_tokens > 0
+
+
+def test_nothing_approximate_becomes_exact(comm: KVComm) -> None:
+    """A prompt answered with reused text leaves segments that are not taken for exact ones."""
+    answer(comm, messages("clerk"))
+    answer(comm, messages("very old analyst", f"{TEXT} the bright letter falls early . the dark train rests today . pet of ute is frog ."))
+    late = [s for s in comm.store.segments() if s.start > 60]
+    assert late and not any(s.exact for s in late)
+
+
+def poison(comm: KVComm) -> None:
+    """NaN into every stored value, behind the store's back."""
+    for segment in comm.store.segments():
+        kv = comm.store.get(segment.key)
+        assert kv is not None
+        for value in kv.values:
+            value.data.fill_(float("nan"))  # .data: the write is not counted
+
+
+def test_nan_in_stored_kv(comm: KVComm, model: PreTrainedModel) -> None:
+    answer(comm, messages("clerk"))
+    poison(comm)
+    out = answer(comm, messages("analyst"))
+    assert out.token_ids == plain(model, comm.encode(messages("analyst")))
+    assert out.report.fallback and "NaN" in out.report.fallback
+    assert comm.counters.faults == {"poisoned": 1}
+    assert answer(comm, messages("analyst")).report.reused_tokens > 0, "what was poisoned is gone, what is new is used"
+
+
+class Broken(MemoryStore):
+    """Loses or refuses what it is asked for."""
+
+    lose = False
+
+    def get(self, key: str) -> SegmentKV | None:
+        return None if self.lose else super().get(key)
+
+
+def test_kv_that_left_between_plan_and_use(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    store = Broken(1 << 30)
+    comm = KVComm.from_model(model, tokenizer, config=Config(), store=store)
+    answer(comm, messages("clerk"))
+    store.lose = True
+    out = answer(comm, messages("analyst"))
+    assert out.token_ids == plain(model, comm.encode(messages("analyst")))
+    assert comm.counters.faults == {"assemble": 1}
+
+
+def test_fault_in_learning(comm: KVComm, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*args: object) -> None:
+        raise RuntimeError("disk on fire")
+
+    monkeypatch.setattr(comm._learner, "learn", explode)
+    assert answer(comm, messages("clerk")).token_ids == plain(model, comm.encode(messages("clerk")))
+    assert comm.counters.faults == {"learn": 1}
+
+
+def test_fault_in_planning(comm: KVComm, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm.index, "find", lambda *a, **k: 1 / 0)
+    out = answer(comm, messages("clerk"))
+    assert out.token_ids == plain(model, comm.encode(messages("clerk")))
+    assert comm.counters.faults == {"plan": 1} and out.report.fallback
+
+
+@pytest.mark.parametrize("limit", [0, 40_000])
+def test_store_full(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+    comm = KVComm.from_model(model, tokenizer, config=Config(store_bytes=limit))
+    for role in ("clerk", "analyst", "old analyst"):
+        answer(comm, messages(role))
+        assert comm.store.nbytes <= limit
+        comm.index.check_integrity()
+    if not limit:
+        assert answer(comm, messages("clerk")).report.reused_tokens == 0
+
+
+def test_evicted_text_is_found_no_more(comm: KVComm) -> None:
+    answer(comm, messages("clerk"))
+    for segment in comm.store.segments():
+        comm.store.remove(segment.key)
+    assert answer(comm, messages("analyst")).report.reused_tokens == 0
+    assert not comm.counters.faults
+
+
+def test_null_store(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    comm = KVComm.from_model(model, tokenizer, config=Config(), store=NullStore())
+    for _ in range(2):
+        assert answer(comm, messages("clerk")).report.reused_tokens == 0
+
+
+def test_mode_off(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    comm = KVComm.from_model(model, tokenizer, config=Config(mode="off"))
+    for _ in range(2):
+        out = answer(comm, messages("clerk"))
+        assert out.report.fallback == "mode off" and out.ttft_ms > 0
+        assert out.token_ids == plain(model, comm.encode(messages("clerk")))
+    assert not comm.store.segments()
+
+
+def test_attach_is_plain_generate_with_nothing_to_reuse(comm: KVComm, model: PreTrainedModel) -> None:
+    ids = comm.encode(messages("clerk"))
+    expected = plain(model, ids)
+    with comm.attach(model):
+        assert plain(model, ids) == expected
+    assert len(comm.reports) == 1
+
+
+def test_attach_undoes_itself(comm: KVComm, model: PreTrainedModel) -> None:
+    hooks = len(model._forward_hooks), len(model._forward_pre_hooks)
+    with pytest.raises(ZeroDivisionError), comm.attach(model), comm.acting("critic"):
+        raise ZeroDivisionError
+    assert "generate" not in vars(model)
+    assert (len(model._forward_hooks), len(model._forward_pre_hooks)) == hooks
+
+
+def test_attach_after_an_exception_inside_generate(comm: KVComm, model: PreTrainedModel) -> None:
+    def stop(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError
+
+    ids = comm.encode(messages("clerk"))
+    with comm.attach(model):
+        with pytest.raises(ZeroDivisionError):
+            plain(model, ids, logits_processor=[stop])
+        assert plain(model, ids)
+    assert plain(model, ids)
+    assert len(model._forward_hooks) == 0
+
+
+def test_attach_twice_or_to_a_stranger(comm: KVComm, model: PreTrainedModel) -> None:
+    with comm.attach(model), pytest.raises(InputError, match="already"), comm.attach(model):
+        pass
+    with pytest.raises(InputError, match="another model"), comm.attach(tiny_random("llama")):
+        pass
+
+
+def test_attach_knows_who_asks(comm: KVComm, model: PreTrainedModel) -> None:
+    ids = comm.encode(messages("clerk"))
+    with comm.attach(model), comm.acting("critic", tenant="x"):
+        plain(model, ids)
+    assert comm.reports[-1].agent == "critic"
+    assert {s.tenant for s in comm.store.segments()} == {"x"}
+
+
+def test_refused_calls_are_left_alone(comm: KVComm, model: PreTrainedModel) -> None:
+    ids = torch.tensor([comm.encode(messages("clerk"))] * 2)
+    with comm.attach(model):
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert out[0].tolist() == out[1].tolist()
+    assert "batch of 2" in (comm.reports[-1].fallback or "")
+    assert not comm.store.segments()
+
+
+def test_returned_cache_stays_the_callers(comm: KVComm, model: PreTrainedModel) -> None:
+    """A cache handed out with the answer is not written to by later requests."""
+    ids = torch.tensor([comm.encode(messages("clerk"))])
+    with comm.attach(model):
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        before = out.past_key_values.layers[0].keys.clone()
+        answer_ids = torch.tensor([comm.encode(messages("analyst"))])
+        model.generate(answer_ids, attention_mask=torch.ones_like(answer_ids), max_new_tokens=4, do_sample=False)
+    assert torch.equal(out.past_key_values.layers[0].keys, before)
+
+
+def test_streaming(comm: KVComm) -> None:
+    whole = answer(comm, messages("clerk"))
+    stream = comm.stream(messages("clerk"), max_new_tokens=12, do_sample=False)
+    pieces = list(stream)
+    assert len(pieces) > 1 and "".join(pieces).strip() == whole.text == stream.output.text
+    assert stream.output.report.reused_tokens > 0
+
+
+def test_streaming_errors(comm: KVComm, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError):
+        comm.stream("")
+    monkeypatch.setattr(comm, "generate", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(comm.stream("bob"))
+
+
+def test_requests_from_several_threads(comm: KVComm, model: PreTrainedModel) -> None:
+    """Eight threads, the answers of transformers alone; nothing of one request leaks into another."""
+    roles = ["clerk", "analyst", "old clerk", "quiet analyst"] * 2
+    expected = {role: plain(model, comm.encode(messages(role))) for role in set(roles)}
+    got: dict[int, list[int]] = {}
+
+    def work(i: int) -> None:
+        got[i] = answer(comm, messages(roles[i]), rule="exact", agent=roles[i]).token_ids
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(roles))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert [got[i] for i in range(len(roles))] == [expected[r] for r in roles]
+
+
+@pytest.fixture
+def other_weights() -> Iterator[PreTrainedModel]:
+    yield tiny_random("llama", vocab_size=768, max_position_embeddings=600, initializer_range=0.2)
+
+
+def test_kv_never_crosses_models(comm: KVComm, other_weights: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """One store and index, two models of the same shapes: nothing of the one is used for the other."""
+    answer(comm, messages("clerk"))
+    other = KVComm.from_model(other_weights, tokenizer, config=Config(), store=comm.store)
+    other.index = comm.index
+    assert other.backend.fingerprint != comm.backend.fingerprint
+    assert answer(other, messages("clerk")).report.reused_tokens == 0
+
+
+def test_a_segment_is_its_content_and_context() -> None:
+    ids, other = np.arange(20, dtype=np.int32), np.arange(20, dtype=np.int32)[::-1].copy()
+    keys = {Segment(ids, ids[:n], fp, tenant, exact=e).key for n in (0, 5) for fp in "ab" for tenant in ("", "t") for e in (True, False)}
+    assert len(keys) == 16 and Segment(other, ids[:0], "a").key not in keys
+    assert Segment(ids, ids[:5], "a", producer="x").key == Segment(ids, ids[:5], "a", producer="y").key

@@ -1,0 +1,51 @@
+"""The embedded model's tokenizer: lossless on any text, one token a word, and the same ids that training used."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from kvcomm.tiny import FOLDER, tokenizer, train
+from kvcomm.tiny.words import all_words
+
+
+@pytest.fixture(scope="module")
+def built() -> PreTrainedTokenizerBase:
+    return tokenizer.build()
+
+
+@given(st.text(max_size=60))
+def test_any_text_survives(text: str) -> None:
+    shipped = AutoTokenizer.from_pretrained(FOLDER)
+    for special in tokenizer.SPECIAL:
+        text = text.replace(special, "")
+    assert shipped.decode(shipped(text).input_ids) == text
+
+
+def test_every_word_is_one_token(built: PreTrainedTokenizerBase) -> None:
+    for word in all_words():
+        assert len(built(f" {word}").input_ids) == 1, word
+
+
+def test_the_shipped_tokenizer_is_the_built_one(built: PreTrainedTokenizerBase) -> None:
+    shipped = AutoTokenizer.from_pretrained(FOLDER)
+    assert shipped.get_vocab() == built.get_vocab()
+    assert shipped.chat_template == built.chat_template
+    assert shipped.eos_token == "<|end|>"
+
+
+def test_training_saw_what_the_chat_template_gives(built: PreTrainedTokenizerBase) -> None:
+    """The training encoder (split by spaces) against the tokenizer on the same conversation."""
+    encode = train.Encoder(built)
+    for seed in range(20):
+        sequence = train.team_sequence(random.Random(seed), train.CURRICULUM[-1], encode)
+        text = built.decode(sequence.ids)
+        assert built(text, add_special_tokens=False).input_ids == sequence.ids
+        assert len(sequence.ids) == len(sequence.weights)
+    messages = [{"role": "system", "content": "you are the clerk ."}, {"role": "user", "content": "city of bob ?"}]
+    ids = built.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == encode("<bos> <|system|> you are the clerk . <|end|> <|user|> city of bob ? <|end|> <|assistant|>")

@@ -192,19 +192,20 @@ def _speak(generator: Generator, agent: Agent, round_: int, step: int, messages:
     return Turn(agent.name, round_, step, messages, output, (perf_counter() - began) * 1e3)
 
 
-def _attempt(jobs: Sequence[Callable[[], Turn]], *, side_by_side: bool) -> tuple[list[Turn], tuple[int, Exception] | None]:
+def _attempt(jobs: list[Callable[[], Turn]], *, side_by_side: bool) -> tuple[list[Turn], tuple[int, Exception] | None]:
     """The turns of one step that were finished, and the first failure. One after the other, none is begun after a failure."""
     done: list[Turn] = []
     failed: tuple[int, Exception] | None = None
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        calls = [pool.submit(copy_context().run, job).result for job in jobs] if side_by_side and len(jobs) > 1 else jobs
-        for at, call in enumerate(calls):
-            try:
-                done.append(call())
-            except Exception as why:  # noqa: BLE001  # raised again by run(), with the turns that are done
-                failed = failed or (at, why)
-                if calls is jobs:
-                    break
+    if side_by_side:
+        with ThreadPoolExecutor(len(jobs)) as pool:  # leaving it waits for all
+            jobs = [pool.submit(copy_context().run, job).result for job in jobs]
+    for at, job in enumerate(jobs):
+        try:
+            done.append(job())
+        except Exception as why:  # noqa: BLE001  # raised again by run(), with the turns that are done
+            failed = failed or (at, why)
+            if not side_by_side:
+                break
     return done, failed
 
 

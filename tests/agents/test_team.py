@@ -227,6 +227,14 @@ def test_a_failure_names_the_agent_and_keeps_what_is_done() -> None:
     assert len(recorder.calls) == 8  # nobody after it was asked
 
 
+def test_one_after_the_other_nobody_is_asked_after_a_failure() -> None:
+    recorder = Recorder(fails="c1")
+    with pytest.raises(TurnFailed, match="agent 'c' failed in round 1 after 2 finished turns") as caught:
+        team("debate").run(recorder, REQUEST)
+    assert [t.output.text for t in caught.value.turns] == ["a1", "b1"]
+    assert [name for name, _, _ in recorder.calls] == ["a", "b", "c"]
+
+
 def test_a_failure_side_by_side_keeps_the_others_of_its_step() -> None:
     with pytest.raises(TurnFailed, match="agent 'c' failed in round 1 after 4 finished turns") as caught:
         team("debate").run(Crowd(fails="c1"), REQUEST)

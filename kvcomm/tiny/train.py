@@ -54,6 +54,7 @@ CURRICULUM = (
     Stage(30.0, 1024, fillers=(0, 4)),
 )
 TOKENS_PER_STEP = 4096
+CHECKPOINT_STEPS = 500
 
 
 class Encoder:
@@ -298,8 +299,8 @@ def main(argv: list[str] | None = None) -> None:
             smooth = 0.95 * smooth + 0.05 * right.item()
             if step % 50 == 0:
                 print(f"step {step} length {stage.length} tokens {seen / 1e6:.2f}M loss {loss.item():.3f} right {smooth:.3f} {time.time() - began:.0f}s", flush=True)
-            if step % 500 == 0 or i + 1 == len(remaining):
-                state = {"model": model.state_dict(), "adam": adam.state_dict(), "muon": list(muon.momentum.items()), "step": step, "seen": seen}
+            if step % CHECKPOINT_STEPS == 0 or i + 1 == len(remaining):
+                state = {"model": model.state_dict(), "adam": adam.state_dict(), "muon": list(muon.momentum.items()), "step": step, "seen": seen + ids.shape[0] * stage.length}
                 torch.save(state, checkpoint.with_suffix(".tmp"))
                 checkpoint.with_suffix(".tmp").replace(checkpoint)
                 save(model, tokenizer, args.out / "model")

@@ -19,7 +19,7 @@ def read(domain: Domain, documents: list[str]) -> dict[tuple[str, str], str]:
     for document in documents:
         head, body = document.split(" :", 1)
         about = head.split(" about ")[1] if " about " in head else announced
-        for sentence in re.findall(r"\S.*?(?= \.(?:\s|$))", body):
+        for sentence in (s.strip() for s in body.split(" .")):
             if found := re.fullmatch(rf"next {domain.document} about (\S+)", sentence):
                 announced = found[1]
             elif found := re.fullmatch(r"(\S+) of (\S+) is (.+)", sentence):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from kvcomm.errors import CacheFault, InputError
 from kvcomm.learning import Learner
 from kvcomm.matching import Match, TextIndex
 from kvcomm.metrics import Counters
+from kvcomm.policy import Rule
 from kvcomm.policy import plan as make_plan
 from kvcomm.segments import Ids, Plan, ReuseReport, SegmentKV, Span, SpanReport
 from kvcomm.store.memory import MemoryStore
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["KVComm", "Output", "Prompt", "Rule", "Who"]
 
 Prompt = str | Sequence[Mapping[str, str]]
-Rule = Literal["auto", "exact"]
 log = logging.getLogger(__name__)
 
 
@@ -201,7 +201,7 @@ class KVComm:
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         who = self._who.get()
         with self._lock:
-            refusal = "mode off" if self.config.mode == "off" else self.backend.refusal(inputs, kwargs)
+            refusal = "mode-off" if self.config.mode == "off" else self.backend.refusal(inputs, kwargs)
             if refusal is not None:
                 return self._untouched(original, args, kwargs, inputs, who, refusal)
             request = _Request(who, inputs[0].to("cpu", torch.int32).numpy())
@@ -307,7 +307,7 @@ class KVComm:
 
     def _count_fault(self, kind: str, fault: Exception) -> None:
         self.counters.fault(kind)
-        log.warning("%s: %s; the request is answered densely", kind, fault)
+        log.warning("a %s fault, counted: %s", kind, fault)
 
     def _report(self, request: _Request, plan: Plan) -> ReuseReport:
         reports = []

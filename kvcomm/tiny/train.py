@@ -47,11 +47,11 @@ CURRICULUM = (
     Stage(1.5, 96, warm=0.8, facts=(1, 1), fillers=(0, 0), other=0.0, two_hop=0.0, memos=0.0, styles=("plain",)),
     Stage(3.5, 128, warm=0.2, facts=(1, 2), fillers=(0, 0), other=0.1, two_hop=0.0, memos=0.0, styles=("plain",)),
     Stage(7.0, 192, warm=0.05, facts=(1, 3), fillers=(0, 1), two_hop=0.1, memos=0.3),
-    Stage(14.0, 288),
-    Stage(19.0, 512),
-    Stage(24.5, 1024, fillers=(0, 4)),
-    Stage(26.0, 2048, fillers=(0, 4)),
-    Stage(30.0, 1024, fillers=(0, 4)),
+    Stage(12.5, 288),
+    Stage(16.5, 512),
+    Stage(20.5, 1024, fillers=(0, 4)),
+    Stage(21.5, 2048, fillers=(0, 4)),
+    Stage(25.0, 1024, fillers=(0, 4)),
 )
 TOKENS_PER_STEP = 4096
 CHECKPOINT_STEPS = 500
@@ -227,7 +227,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     final = copy.deepcopy(model).to(torch.bfloat16)
     final.config.use_cache = True
     final.config.dtype = torch.bfloat16
-    final.generation_config.do_sample = False
+    final.generation_config.do_sample, final.generation_config.use_cache = False, True
     final.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -25,7 +25,7 @@ FALLBACKS: Mapping[str, str] = MappingProxyType(
         "nothing-known": "no run of the prompt is known",
         "nothing-exact": "runs of the prompt are known, but the rule allows exact prefixes only and none of them is one",
         "nothing-left": "of every known run so much must be computed again that too little is left",
-        "too-much-recomputed": "the share of the prompt that must be computed exceeds max_recompute, and no exact prefix is known",
+        "too-much-recomputed": "the share of the prompt that must be computed exceeds max_recompute; no exact prefix is known",
     }
 )
 """Every value of `Plan.fallback` that this module gives, and what it means."""
@@ -36,8 +36,9 @@ def plan(length: int, matches: Sequence[Match], config: Config, rule: Rule = "au
 
     A span is exact when its match is and exact spans cover everything before it. Other spans are moved: under rung `boundary`
     their first `config.boundary` tokens are computed again, and so are the last `config.closing` of the prompt. Exact spans
-    need neither. The last token is always computed, for its logits. Where more than `config.max_recompute` of the prompt would be
-    computed, moved spans are given up; an exact prefix is worth it at any length. Never raises for what the matches hold.
+    need neither. The last token is always computed, for its logits. Where a larger share of the prompt than
+    `config.max_recompute` would be computed, moved spans are given up; an exact prefix is worth it at any length.
+    Raises InputError for an empty prompt.
 
         prompt     | exact | exact | seam |   moved    | new text | moved | last
         recompute                  xxxxxxxxx           xxxxxxxxxxxxx    xxxxxxx     (closing reaches into the last span)
@@ -52,7 +53,7 @@ def plan(length: int, matches: Sequence[Match], config: Config, rule: Rule = "au
     exact_to = 0
     spans = []
     for match in matches:
-        if match.exact and match.start == exact_to and min(match.end, length - 1) - match.start >= MIN_REUSED:
+        if match.exact and match.start == exact_to and match.tokens >= MIN_REUSED:
             exact_to = match.end
             spans.append(Span(match.start, match.end, "exact", match.segment, match.offset))
         elif rule == "auto":

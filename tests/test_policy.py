@@ -69,7 +69,7 @@ def test_any_plan_is_sound(request: tuple[int, list[Match], Config, Rule]) -> No
         assert p.fallback in FALLBACKS
         assert len(p.recompute) == length
     else:
-        assert len(p.recompute) <= config.max_recompute * length
+        assert len(p.recompute) <= config.max_recompute * length or {s.rung for s in p.spans} == {"exact"}
 
 
 def expected(length: int, matches: list[Match], config: Config, rule: Rule) -> tuple[list[tuple[int, int, str]], list[int]]:
@@ -145,11 +145,19 @@ def test_every_fallback_has_its_reason() -> None:
     assert all(p.reused == 0 and not p.spans for p in given.values())
 
 
-@pytest.mark.parametrize(("limit", "reuses"), [(0.5, True), (0.49, False)])
-def test_limit_of_recompute(limit: float, reuses: bool) -> None:
-    p = plan(100, [match(0, 50, exact=True)], Config(max_recompute=limit))
-    assert (p.fallback is None) == reuses
-    assert p.reused == (50 if reuses else 0)
+@pytest.mark.parametrize(("limit", "reused"), [(0.5, 50), (0.49, 0)])
+def test_limit_of_recompute(limit: float, reused: int) -> None:
+    p = plan(100, [match(0, 50)], Config(max_recompute=limit, boundary=0))
+    assert p.reused == reused
+    assert p.fallback == (None if reused else "too-much-recomputed")
+
+
+def test_above_the_limit_an_exact_prefix_stays_and_moved_spans_go() -> None:
+    matches = [match(0, 10, exact=True), match(30, 60)]
+    assert spans_of(plan(100, matches, Config(max_recompute=0.9))) == [(0, 10, "exact"), (30, 60, "boundary")]
+    p = plan(100, matches, Config(max_recompute=0.3))
+    assert spans_of(p) == [(0, 10, "exact")]
+    assert p.recompute.tolist() == list(range(10, 100))
 
 
 def test_a_prompt_of_one_token_and_an_empty_one() -> None:

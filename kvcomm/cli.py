@@ -81,7 +81,9 @@ def _parser(chosen: Command | None) -> argparse.ArgumentParser:
         groups[name] = names.add_parser(name, help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         *group, name = command.words
-        parser = (groups[group[0]] if group else names).add_parser(name, help=command.help, description=command.help)
+        within = groups[group[0]] if group else names
+        # "resolve": a command may give a shared flag a wider meaning of its own
+        parser = within.add_parser(name, help=command.help, description=command.help, conflict_handler="resolve")
         if command is chosen:
             _shared_arguments(parser)
             _load(command).add_arguments(parser)

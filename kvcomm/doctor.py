@@ -10,6 +10,8 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -95,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     for model in (str(FOLDER), *args.model):
         if not args.quiet:
             print(f"loading {model}", file=sys.stderr)
-        models.append(check_model(model))
+        models.append(check_model(model, quiet=args.quiet))
     ok = all(p.fits for p in found if not p.extra) and engines[0].usable and stores[0].usable and all(m.usable for m in models)
     body = {"ok": ok, "packages": found, "engines": engines, "stores": stores, "models": models, "hardware": hardware()}
     doc = document("kvcomm.doctor/1", **body)
@@ -142,15 +144,16 @@ def facilities(known: tuple[tuple[str, str, tuple[str, ...]], ...], have: dict[s
     return out
 
 
-def check_model(model: str) -> Model:
-    """Load a model into the Hugging Face backend, let its probe decide, and let it go again."""
+def check_model(model: str, *, quiet: bool = True) -> Model:
+    """Load a model into the Hugging Face backend, let its probe decide, and let it go again. `quiet`: no progress bars."""
     folder = Path(model)
-    size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder.is_dir() else None
+    size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file() and f.suffix != ".py") if folder.is_dir() else None
     began = time.perf_counter()
     try:
         from kvcomm.backends.loading import load
 
-        backend = load(model)
+        with _progress_bars(shown=not quiet):
+            backend = load(model)
     except (KVCommError, OSError, ImportError) as e:
         return Model(model, usable=False, why=f"{type(e).__name__}: {' '.join(str(e).split())}", bytes_on_disk=size)
     return Model(
@@ -177,6 +180,21 @@ def hardware() -> dict[str, Any]:
         return {"memory_available_bytes": available, "cpu_capability": None, "gpus": None}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return {"memory_available_bytes": available, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "gpus": gpus}
+
+
+@contextmanager
+def _progress_bars(*, shown: bool) -> Iterator[None]:
+    """Inside, transformers draws its bars or not; afterwards as before."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    if not shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
 
 
 def _exists(module: str) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -469,3 +470,25 @@ def test_a_request_that_cannot_be_run_costs_no_call(request_: dict[str, str], ro
         team().run(recorder, request_, rounds)
     assert isinstance(caught.value, InputError)
     assert recorder.calls == []
+
+
+# -- documentation ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_about_teams_is_true(checkout: Path) -> None:
+    """Its file and its Python describe one team; its tables hold every field with its default, and every kind."""
+    page = (checkout / "docs" / "teams.md").read_text(encoding="utf-8")
+    described = page.split("```yaml\n")[1].split("```")[0]
+    code = page.split("```python\n")[1].split("\nrun = ")[0]
+    namespace: dict[str, object] = {}
+    exec(code, namespace)  # noqa: S102  # our own page
+    from_file = Team.from_data(yaml.safe_load(described))
+    in_python = namespace["team"]
+    assert isinstance(in_python, Team)
+    assert from_file.topology == in_python.topology
+    assert [replace(agent, max_new_tokens=256) for agent in from_file.agents] == list(in_python.agents)
+    rows = {cells[1].strip("`"): cells for line in page.splitlines() if len(cells := [c.strip() for c in line.split("|")]) > 4}
+    assert set(topology.KINDS) <= set(rows)
+    for each in fields(Agent):
+        told = rows[each.name][-2].strip("`")
+        assert told == {MISSING: "needed", "": "empty", " ": "one space"}.get(each.default, str(each.default))

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from string import Formatter
-from typing import TYPE_CHECKING
+from typing import get_args
 
 from kvcomm.errors import TeamError
-
-if TYPE_CHECKING:
-    from kvcomm.engine import Rule
+from kvcomm.policy import Rule
 
 __all__ = ["SAID", "Agent", "Message"]
 
@@ -40,8 +38,8 @@ class Agent:
                 raise TeamError(f"agent {self.name!r}: {field} is {value!r}; it must be text, so put it in quotes")
         if not self.name or self.name != self.name.strip():
             raise TeamError(f"an agent's name is {self.name!r}; it must be text without white space around it")
-        if self.rule not in ("auto", "exact"):
-            raise TeamError(f"agent {self.name!r}: rule is {self.rule!r}; use auto or exact")
+        if self.rule not in get_args(Rule):
+            raise TeamError(f"agent {self.name!r}: rule is {self.rule!r}; use {' or '.join(get_args(Rule))}")
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise TeamError(f"agent {self.name!r}: max_new_tokens is {self.max_new_tokens!r}; it must be a whole number from 1")
         if not self.slots:

@@ -22,9 +22,10 @@ import yaml
 from kvcomm.agents.agent import SAID, Agent, Message
 from kvcomm.agents.topology import KINDS, Topology
 from kvcomm.errors import KVCommError, TeamError
+from kvcomm.policy import Rule
 
 if TYPE_CHECKING:
-    from kvcomm.engine import Output, Rule
+    from kvcomm.engine import Output
 
 __all__ = ["Generator", "Team", "TeamRun", "Turn", "TurnFailed"]
 

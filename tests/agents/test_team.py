@@ -8,8 +8,6 @@ from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from textwrap import dedent
-from typing import TYPE_CHECKING
-
 import pytest
 import yaml
 from hypothesis import given
@@ -20,10 +18,8 @@ from kvcomm.agents.agent import Agent
 from kvcomm.agents.team import Team, TurnFailed
 from kvcomm.engine import Output
 from kvcomm.errors import InputError, TeamError
+from kvcomm.policy import Rule
 from kvcomm.segments import ReuseReport
-
-if TYPE_CHECKING:
-    from kvcomm.engine import Rule
 
 NAMES = ("a", "b", "c", "d", "e")
 REQUEST = {"input": "the facts .", "question": "who ?"}

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from textwrap import dedent
+
 import pytest
 import yaml
 from hypothesis import given

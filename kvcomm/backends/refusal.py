@@ -4,14 +4,14 @@ than the pass gives. What is not known to be safe is refused.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import GenerationConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 __all__ = ["refusal"]
 
@@ -54,11 +54,12 @@ def refusal(
 
 def _effective(model: PreTrainedModel, given: Mapping[str, Any], config: GenerationConfig | None) -> GenerationConfig:
     """What generate will use: arguments, then the given configuration, then the model's own."""
-    merged = {name: value for name, value in model.generation_config.to_dict().items() if value is not None}
-    if config is not None:
-        merged |= {name: value for name, value in config.to_dict().items() if value is not None}
-    fields = vars(GenerationConfig())
-    return GenerationConfig(**{n: v for n, v in {**merged, **given}.items() if n in fields and n != "transformers_version"})
+    effective = copy.copy(model.generation_config)
+    for settings in (vars(config) if config is not None else {}, given):
+        for name in settings.keys() & vars(effective).keys():
+            if settings[name] is not None:
+                setattr(effective, name, settings[name])
+    return effective
 
 
 def _of_inputs(model: PreTrainedModel, ids: Any, given: Mapping[str, Any], config: GenerationConfig) -> str | None:

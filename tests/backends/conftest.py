@@ -89,7 +89,7 @@ class Case:
         """The model's own generate on the prompt, seeded."""
         self.reset(self.model)
         torch.manual_seed(11)
-        options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(self.ids), **options}
+        options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(self.ids), **options}
         generate: Any = self.model.generate
         return generate(self.ids, past_key_values=cache, **options)
 

@@ -134,12 +134,14 @@ class KVComm:
         tokenizer = self.backend.tokenizer
         if tokenizer is None:
             raise InputError("this model came without a tokenizer; pass one to KVComm.from_model")
+        if not prompt:
+            raise InputError("the prompt is empty; give it at least one token")
         if isinstance(prompt, str):
             ids: list[int] = tokenizer(prompt).input_ids
         else:
             ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
-        if not ids or not prompt:
-            raise InputError("the prompt is empty; give it at least one token")
+        if not ids:
+            raise InputError("the prompt has no tokens; give it at least one")
         return ids
 
     def generate(self, prompt: Prompt, *, agent: str = "", rule: Rule = "auto", tenant: str = "", max_new_tokens: int = 256, **options: Any) -> Output:

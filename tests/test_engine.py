@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvcomm.config import Config
 from kvcomm.engine import KVComm, Output
 from kvcomm.errors import InputError
-from kvcomm.segments import Segment, SegmentKV
+from kvcomm.segments import Plan, Segment, SegmentKV
 from kvcomm.store.memory import MemoryStore
 from kvcomm.store.null import NullStore
 from kvcomm.testing import tiny_random
@@ -102,44 +102,58 @@ def test_rotation_matters(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     assert not torch.allclose(outs["rotate"], outs["boundary"], atol=1e-3)
 
 
-def test_an_answer_is_known_to_its_readers(comm: KVComm, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The canonical ids of an answer, last token included, are stored; their KV is that of a dense forward over prompt + answer."""
-    ids = comm.encode(messages("clerk"))
-    out = comm.generate(messages("clerk"), agent="clerk", max_new_tokens=40, do_sample=False)
-    canonical = tokenizer.encode(tokenizer.decode(out.token_ids, skip_special_tokens=True), add_special_tokens=False)
-    stored = [s for s in comm.store.segments() if s.start == len(ids)]
-    assert [s.ids.tolist() for s in stored] == [canonical]
-    kv = comm.store.get(stored[0].key)
+WORDS = " city of bob is oslo and pet of erin is dog . food of bob is rice . color of ute is red ."
+
+
+def teach(comm: KVComm, generated: list[int]) -> tuple[list[int], Segment, SegmentKV]:
+    """As if the model had said `generated` to the clerk's prompt: the prompt's ids, and what is stored of the answer."""
+    prompt = comm.encode(messages("clerk"))
+    cache = comm.backend.cache(600)
+    with torch.no_grad():  # the last sampled token is never fed back
+        comm.backend.model(torch.tensor([[*prompt, *generated[:-1]]]), past_key_values=cache)
+    plan = Plan(len(prompt), (), np.arange(len(prompt)), "nothing-known")
+    comm._learner.learn(np.asarray(prompt, dtype=np.int32), plan, cache, torch.tensor([[*prompt, *generated]]), "clerk", "")
+    [segment] = [s for s in comm.store.segments() if s.start == len(prompt)]
+    kv = comm.store.get(segment.key)
     assert kv is not None
+    return prompt, segment, kv
+
+
+def dense_kv(model: PreTrainedModel, prompt: list[int], answer_ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Reference: one forward of transformers over prompt and answer; per layer the answer's K and V."""
     with torch.no_grad():
-        cache = model(torch.tensor([[*ids, *canonical]])).past_key_values
-    for layer, keys, values in zip(cache.layers, kv.keys, kv.values, strict=True):
-        torch.testing.assert_close(keys, layer.keys[0, :, len(ids) :], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(values, layer.values[0, :, len(ids) :], atol=1e-4, rtol=1e-4)
+        cache = model(torch.tensor([[*prompt, *answer_ids]])).past_key_values
+    return [(layer.keys[0, :, len(prompt) :], layer.values[0, :, len(prompt) :]) for layer in cache.layers]
+
+
+def test_an_answer_is_known_to_its_readers(comm: KVComm, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Sampled as it will be read: all of it is stored, the last token too, with the KV of a dense forward."""
+    words = tokenizer.encode(WORDS, add_special_tokens=False)
+    prompt, segment, kv = teach(comm, words)
+    assert segment.ids.tolist() == words
+    for keys, values, (k, v) in zip(kv.keys, kv.values, dense_kv(model, prompt, words), strict=True):
+        torch.testing.assert_close(keys, k, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(values, v, atol=1e-4, rtol=1e-3)
 
 
 def test_an_answer_whose_ids_change_when_read(comm: KVComm, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Sampled as single bytes, read as words: the segment has the readers' ids, and the KV a dense forward over them has."""
-    prompt = np.asarray(comm.encode(messages("clerk")), dtype=np.int32)
-    words = tokenizer.encode(" city of bob is oslo and pet of erin is dog . food of bob is rice .", add_special_tokens=False)
-    bytes_of_bob = [tokenizer.convert_tokens_to_ids(c) for c in "Ġbob"]
-    generated = [*words[:2], *bytes_of_bob, *words[3:]]
-    assert tokenizer.decode(generated) == tokenizer.decode(words)
-    cache = comm.backend.cache(600)
-    with torch.no_grad():
-        model(torch.tensor([[*prompt.tolist(), *generated[:-1]]]), past_key_values=cache)
-    from kvcomm.segments import Plan
-
-    plan = Plan(len(prompt), (), np.arange(len(prompt)), "nothing known")
-    comm._learner.learn(prompt, plan, cache, torch.tensor([[*prompt.tolist(), *generated]]), "clerk", "")
-    [segment] = [s for s in comm.store.segments() if s.start == len(prompt)]
+    """One word sampled as bytes: the segment has the readers' ids and is not called exact; layer 0, which sees no context, has
+    the KV of a dense forward over them, also where tokens moved.
+    """
+    words = tokenizer.encode(WORDS, add_special_tokens=False)
+    generated = [*words[:2], *(tokenizer.convert_tokens_to_ids(c) for c in "Ġbob"), *words[3:]]
+    assert tokenizer.decode(generated) == WORDS
+    prompt, segment, kv = teach(comm, generated)
     assert segment.ids.tolist() == words and not segment.exact
-    kv = comm.store.get(segment.key)
-    assert kv is not None
-    with torch.no_grad():
-        dense = model(torch.tensor([[*prompt.tolist(), *words]])).past_key_values
-    torch.testing.assert_close(kv.keys[0], dense.layers[0].keys[0, :, len(prompt) :], atol=1e-5, rtol=1e-4)
-    assert all(k.shape[1] == len(words) for k in kv.keys)
+    k, v = dense_kv(model, prompt, words)[0]
+    torch.testing.assert_close(kv.keys[0], k, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(kv.values[0], v, atol=1e-5, rtol=1e-3)
+
+
+def test_answers_flow_between_agents(comm: KVComm, tokenizer: PreTrainedTokenizerBase) -> None:
+    teach(comm, tokenizer.encode(WORDS, add_special_tokens=False))
+    report = answer(comm, messages("analyst", f"the quiet river moves . clerk says :{WORDS} so"), agent="analyst").report
+    assert any(s.producer == "clerk" and s.reused_tokens > 10 for s in report.spans)
 
 
 @pytest.mark.parametrize("prompt", ["", []])
@@ -187,7 +201,7 @@ def test_nothing_approximate_becomes_exact(comm: KVComm) -> None:
     """A prompt answered with reused text leaves segments that are not taken for exact ones."""
     answer(comm, messages("clerk"))
     answer(comm, messages("very old analyst", f"{TEXT} the bright letter falls early . the dark train rests today . pet of ute is frog ."))
-    late = [s for s in comm.store.segments() if s.start > 60]
+    late = [s for s in comm.store.segments() if s.start > 30]
     assert late and not any(s.exact for s in late)
 
 

@@ -26,6 +26,8 @@ from kvcomm.engine import KVComm, Prompt
 from kvcomm.tiny import FOLDER, tasks
 from kvcomm.tiny.words import DOMAINS
 
+__all__ = ["held_out", "main", "reuse"]
+
 LENGTHS = ((6, (0, 3)), (14, (0, 3)), (26, (1, 4)), (26, (6, 11)))  # documents and fillers of the length table
 RUNGS = ("naive", "rotate", "boundary")
 Scores = dict[tuple[str, str, str], list[bool]]  # (method, workload, binding) -> right or wrong, per question

@@ -25,6 +25,8 @@ from kvcomm.tiny import tasks
 from kvcomm.tiny.tokenizer import build
 from kvcomm.tiny.words import DOMAINS, ROLES, STYLES
 
+__all__ = ["CURRICULUM", "Stage", "main"]
+
 CONTEXT_WEIGHT = 0.02  # loss weight of text that is not an answer
 
 

@@ -87,7 +87,7 @@ class Rope:
         if not self.rotates[layer]:
             out.copy_(keys)
             return
-        cos, sin = turn[self.types[layer]]
+        cos, sin = (x.to(keys.device) for x in turn[self.types[layer]])
         rotary_dim = cos.shape[-1] * self._halves
         x = keys[None, ..., :rotary_dim].float()
         out[..., :rotary_dim] = self._apply(x[:, :0], x, cos, sin)[1][0]  # no queries to rotate: zero heads of them
@@ -106,9 +106,9 @@ class Rope:
             except RuntimeError:  # shapes that do not fit: the other width, or none
                 continue
             still = [relative(a, b) for a, b in zip(near, far, strict=True)]
-            self.rotates = tuple(s > tolerance(k.dtype) for s, k in zip(still, near, strict=True))
-            wrong = [i for i, e in enumerate(errors) if self.rotates[i] and e > tolerance(near[i].dtype)]
-            if not wrong and any(self.rotates):
+            within = tolerance(near[0].dtype)
+            self.rotates = tuple(s > within for s in still)
+            if any(self.rotates) and all(s <= within or e <= within for s, e in zip(still, errors, strict=True)):
                 return
         raise UnsupportedModel("its keys at another position are not the rotated keys of this one")
 

@@ -167,6 +167,15 @@ def test_keys_that_are_no_rotation_of_each_other_are_refused() -> None:
             rope.calibrate([near], [wrong], turn)
 
 
+def test_one_layer_of_nan_is_refused() -> None:
+    rope, near = Rope(tiny_random("llama").get_decoder(), 2), random_keys(1)
+    turn = rope.turn(rope.tables(torch.tensor([97]), 98), rope.tables(torch.tensor([0]), 98))
+    far = torch.empty_like(near)
+    rope.rotate(0, near, turn, far)
+    with pytest.raises(UnsupportedModel, match="not the rotated keys"):
+        rope.calibrate([near, near], [far, torch.full_like(far, torch.nan)], turn)
+
+
 def test_a_model_that_never_rotates_is_refused() -> None:
     rope, near = Rope(tiny_random("llama").get_decoder(), 1), random_keys(1)
     with pytest.raises(UnsupportedModel, match="not the rotated keys"):

@@ -19,6 +19,7 @@ from kvcomm.backends.probe import probe
 from kvcomm.backends.refusal import refusal
 from kvcomm.backends.span_cache import BufferPool, SpanCache
 from kvcomm.errors import CacheFault
+from kvcomm.fingerprint import Watch, fingerprint
 from kvcomm.rope import Tables
 from kvcomm.segments import SegmentKV, Span
 
@@ -37,6 +38,7 @@ class HFBackend:
         self.rope, self.shapes = probe(model)
         self._config = model.config.get_text_config(decoder=True)
         self._rotary: nn.Module = model.get_decoder().rotary_emb
+        self._watch = Watch(model)
         self._pool = BufferPool(self.shapes)
         self._armed: dict[int, SpanCache] = {}  # thread -> the cache it armed last
 
@@ -46,8 +48,6 @@ class HFBackend:
 
     @cached_property
     def fingerprint(self) -> str:
-        from kvcomm.fingerprint import fingerprint
-
         return fingerprint(self.model, self.tokenizer)
 
     @property
@@ -57,6 +57,9 @@ class HFBackend:
     def refusal(
         self, input_ids: Any, generate_kwargs: Mapping[str, Any], generation_config: GenerationConfig | None = None
     ) -> str | None:
+        changed = self._watch.changed()
+        if changed is not None:
+            return f"the model is not what was loaded: {changed}"
         follows_length = self.rope.follows_length
         return refusal(self.model, input_ids, generate_kwargs, generation_config, follows_length=follows_length)
 
@@ -131,9 +134,10 @@ class HFBackend:
             cache = kwargs.get("past_key_values")
             if threading.get_ident() != thread or not isinstance(cache, SpanCache):
                 return None
-            if cache.armed is not None or not cache:
+            coming = None if cache.armed is None or cache.armed.begun else cache.armed  # begun already where hooks are nested
+            if coming is not None or not cache:
                 self.rope.reset(self._rotary, self.model.device)  # tables of this request, whatever came before it
-            return None if cache.armed is None else (args, cache.armed.begin(kwargs))
+            return None if coming is None else (args, coming.begin(kwargs))
 
         def after(_: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
             nonlocal told
@@ -145,7 +149,7 @@ class HFBackend:
                     out.logits = cache.armed.end(out.logits)
                     cache.armed, cache.made_at = None, 0
                 cache.made_at = cache.made_at or cache.get_seq_length()
-            if not told and on_first_logits is not None:
+            if not told and on_first_logits is not None and hasattr(out, "logits"):
                 told = True
                 on_first_logits(out.logits[0, -1])
 

@@ -58,6 +58,8 @@ class OnePass:
             "attention_mask": None,
             "logits_to_keep": new.shape[1],
         }
+        if "cache_position" in kwargs:  # wanted by model code of older days
+            out["cache_position"] = at
         if self.start >= 0:
             self.cache.set_length(self.start)
             return out

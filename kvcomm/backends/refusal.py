@@ -8,6 +8,7 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def refusal(
     config = _effective(model, given, generation_config if generation_config is not None else given.get("generation_config"))
     return (
         _of_inputs(model, input_ids, given, config)
-        or _of_settings(given, config, follows_length)
+        or _of_settings(model, given, config, follows_length)
         or _of_model(model, input_ids)
     )
 
@@ -84,7 +85,9 @@ def _mask_is_inferred(ids: Tensor, config: GenerationConfig) -> bool:
     return eos is None or config.pad_token_id not in (eos if isinstance(eos, list) else [eos])
 
 
-def _of_settings(given: Mapping[str, Any], config: GenerationConfig, follows_length: bool) -> str | None:
+def _of_settings(
+    model: PreTrainedModel, given: Mapping[str, Any], config: GenerationConfig, follows_length: bool
+) -> str | None:
     if config.use_cache is False:
         return "use_cache is off"
     for name, reason in HARMFUL.items():
@@ -93,6 +96,8 @@ def _of_settings(given: Mapping[str, Any], config: GenerationConfig, follows_len
     mode = str(config.get_generation_mode(given.get("assistant_model")).value)
     if mode not in MODES:
         return f"{mode.replace('_', ' ')} has a loop of its own"
+    if given.get("assistant_model") is model:
+        return "the assistant is the model itself"
     if mode == "assisted_generation" and follows_length:
         return "drafted tokens would change the rotary tables of the prompt"
     return None
@@ -101,9 +106,10 @@ def _of_settings(given: Mapping[str, Any], config: GenerationConfig, follows_len
 def _of_model(model: PreTrainedModel, ids: Tensor) -> str | None:
     if model.training:
         return "the model is in training mode"
-    compiled = getattr(model, "_compiled_call_impl", None) is not None or hasattr(model.forward, "_torchdynamo_orig_callable")
-    if compiled:
+    if hasattr(model.forward, "_torchdynamo_orig_callable") or any(m._compiled_call_impl for m in model.modules()):
         return "the model is compiled"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast is on"
     if getattr(model.config.get_text_config(decoder=True), "original_max_position_embeddings", None) == ids.shape[1] - 1:
         return "the prompt ends at the longrope switch"  # there Phi-3 drops any cache
     return None

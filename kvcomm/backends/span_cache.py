@@ -83,8 +83,9 @@ class SpanLayer(CacheLayerMixin):
     def reserve(self, tokens: int, rows: int | None = None) -> None:
         """Make room for `tokens` in all, keeping what is cached; another number of rows is possible while nothing is."""
         rows = self.k.shape[0] if rows is None else rows
-        if tokens > self.k.shape[2] or rows != self.k.shape[0]:
-            self._map(lambda x: self._larger(x, rows, tokens + tokens // 4 + 64))
+        capacity = self.k.shape[2]
+        if tokens > capacity or rows != self.k.shape[0]:
+            self._map(lambda x: self._larger(x, rows, max(capacity, tokens + tokens // 4 + 64)))
 
     def _larger(self, buffer: Tensor, rows: int, tokens: int) -> Tensor:
         with torch.inference_mode(False):
@@ -155,7 +156,7 @@ class SpanCache(Cache):
     @property
     def capacity(self) -> int:
         """Tokens that fit without growing."""
-        return int(self.layers[0].k.shape[2])
+        return min(int(layer.k.shape[2]) for layer in self.layers)
 
     @property
     def rows(self) -> int:
@@ -205,4 +206,4 @@ class BufferPool:
 
 
 def _capacity(buffers: Sequence[tuple[Tensor, Tensor]]) -> int:
-    return int(buffers[0][0].shape[2])
+    return min(int(k.shape[2]) for k, _ in buffers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -91,9 +92,10 @@ def check_mode(case: Case, mode: str) -> None:
 def test_assisted_decoding_equals_plain_generate(case: Case) -> None:
     """A small model drafts; the first forward holds the prompt and its draft."""
     if case.backend.rope.follows_length:
-        assert case.backend.refusal(case.ids, {"assistant_model": case.model}) is not None
+        assert case.backend.refusal(case.ids, {"assistant_model": tiny_random("llama")}) is not None
         return
-    for assistant in (tiny_random("llama", num_hidden_layers=1), case.model):
+    for assistant in (tiny_random("llama", num_hidden_layers=1), copy.deepcopy(case.model)):
+        assert case.backend.refusal(case.ids, {"assistant_model": assistant}) is None
         plain = case.generate(assistant_model=assistant)
         cache = case.cache(case.same_place(*PLACES))
         case.backend.arm(cache, case.ids, SEAMS)
@@ -259,6 +261,16 @@ def test_an_armed_cache_is_of_no_use_without_hooks(llama: Case) -> None:
         assert torch.equal(llama.generate(cache), llama.generate())
 
 
+def test_a_pass_inside_a_hooked_call(llama: Case) -> None:
+    """Hooks of two contexts at once turn one forward into one pass."""
+    firsts: list[Tensor] = []
+    with llama.backend.hooked(firsts.append):
+        logits = llama.backend.run(llama.cache(llama.same_place(*PLACES)), llama.ids, SEAMS)
+    torch.testing.assert_close(logits, llama.logits[-1], rtol=0, atol=1e-4)
+    assert torch.equal(firsts[0], logits)
+    assert hooks_of(llama) == 0
+
+
 def test_other_threads_and_caches_are_left_alone(llama: Case) -> None:
     """While this thread is hooked, another generates with the same model, and this one without a cache of ours."""
     firsts: list[Tensor] = []
@@ -286,6 +298,16 @@ def test_inference_mode_leaves_buffers_that_can_be_used_again(llama: Case) -> No
                 read = llama.backend.read(cache, 3, N, N)
                 llama.backend.release(cache)
             assert not any(x.is_inference() for x in read.keys)
+
+
+def test_forwards_that_return_tuples_are_left_alone(llama: Case) -> None:
+    with llama.backend.hooked(lambda _: pytest.fail("there are no logits to be shown")):
+        assert isinstance(llama.model(llama.ids, return_dict=False), tuple)
+
+
+def test_identity_is_that_of_the_model(llama: Case, make: Callable[..., Case]) -> None:
+    assert llama.backend.fingerprint == make("llama").backend.fingerprint
+    assert llama.backend.fingerprint != make("llama", seed=1).backend.fingerprint
 
 
 def test_names(llama: Case) -> None:

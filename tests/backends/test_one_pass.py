@@ -185,6 +185,15 @@ def test_attention_that_cannot_mask_by_position_is_swapped_for_one_forward(make:
         AttentionInterface._global_mapping.pop("flex_of_a_test")
 
 
+def test_older_model_code_is_told_the_positions(llama: Case) -> None:
+    cache = llama.cache(llama.same_place(*PLACES))
+    llama.backend.arm(cache, llama.ids, SEAMS)
+    assert cache.armed is not None
+    last = {"input_ids": llama.ids[:, -1:]}
+    assert "cache_position" not in cache.armed.begin(last)
+    assert torch.equal(cache.armed.begin({**last, "cache_position": torch.tensor([N - 1])})["cache_position"], SEAMS)
+
+
 def test_run_continues_a_used_cache(llama: Case) -> None:
     """Ten tokens appended, three before them recomputed, against dense over all."""
     cache = llama.cache(llama.same_place(*PLACES))

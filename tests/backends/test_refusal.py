@@ -114,6 +114,10 @@ def test_served_calls(llama: Case, name: str) -> None:
     assert llama.backend.refusal(llama.ids, {"max_new_tokens": 4, **SERVED[name]}) is None
 
 
+def test_a_model_that_assists_itself(llama: Case) -> None:
+    assert llama.backend.refusal(llama.ids, {"assistant_model": llama.model}) == "the assistant is the model itself"
+
+
 def test_assisted_decoding_is_refused_where_tables_follow_the_length(llama: Case, make: Callable[..., Case]) -> None:
     assistant = {"assistant_model": tiny_random("llama")}
     assert llama.backend.refusal(llama.ids, assistant) is None
@@ -137,8 +141,25 @@ def test_models_that_do_not_run_as_they_were_tried(make: Callable[..., Case]) ->
     case.model.forward = torch.compile(case.model.forward, backend="eager")
     assert case.backend.refusal(case.ids, {}) == "the model is compiled"
     del case.model.forward
-    case.model.compile(backend="eager")
+    assert case.backend.refusal(case.ids, {}) is None
+    case.model.get_decoder().layers[1].compile(backend="eager")
     assert case.backend.refusal(case.ids, {}) == "the model is compiled"
+
+
+def test_autocast(llama: Case) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert llama.backend.refusal(llama.ids, {}) == "autocast is on"
+    assert llama.backend.refusal(llama.ids, {}) is None
+
+
+def test_a_model_that_is_changed_after_loading(make: Callable[..., Case]) -> None:
+    """Another dtype, and a trained weight; both in place, so the same object."""
+    changes: list[Callable[[Any], Any]] = [lambda m: m.to(torch.bfloat16), lambda m: m.lm_head.weight.data.add_(0.1)]
+    for change in changes:
+        case = make("llama")
+        assert case.backend.refusal(case.ids, {}) is None
+        change(case.model)
+        assert str(case.backend.refusal(case.ids, {})).startswith("the model is not what was loaded: ")
 
 
 def test_nothing_is_changed(llama: Case) -> None:

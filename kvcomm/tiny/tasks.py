@@ -47,6 +47,7 @@ class World:
     binding: dict[tuple[str, str], Binding] = field(default_factory=dict)
     bundles: list[list[str]] = field(default_factory=list)  # documents; those of one bundle only make sense in this order
     memos: dict[str, str] = field(default_factory=dict)  # step -> value, as earlier agents stated it
+    asked: set[tuple[str, str]] = field(default_factory=set)  # facts that an answer has stated already
 
     def documents(self, rng: random.Random | None = None) -> list[str]:
         """All documents; with `rng` in a new order that keeps bundles together."""
@@ -54,6 +55,11 @@ class World:
         if rng is not None:
             rng.shuffle(bundles)
         return [text for bundle in bundles for text in bundle]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether answers have stated every fact."""
+        return self.asked.issuperset(self.facts)
 
 
 def filler(rng: random.Random) -> str:
@@ -114,20 +120,36 @@ def styled(value: str, style: str) -> str:
     return {"plain": value, "loud": value.upper(), "quoted": f'" {value} "'}[style]
 
 
-def lookups(world: World) -> dict[Binding, list[tuple[str, str]]]:
-    """What can be asked, by binding: (owner, attribute), for two-hop the owner whose link is followed."""
-    link = world.domain.link
+def lookups(world: World, *, fresh: bool = False) -> dict[Binding, list[tuple[str, str]]]:
+    """What can be asked, by binding: (owner, attribute), for two-hop the owner whose link is followed. With `fresh` only what no
+    answer has stated yet.
+    """
+    link, known = world.domain.link, world.asked if fresh else set()
     out: dict[Binding, list[tuple[str, str]]] = {}
     for (owner, attribute), value in world.facts.items():
-        out.setdefault(world.binding[owner, attribute], []).append((owner, attribute))
+        if (owner, attribute) not in known:
+            out.setdefault(world.binding[owner, attribute], []).append((owner, attribute))
         if attribute == link:
-            out.setdefault("two-hop", []).extend((owner, a) for o, a in world.facts if o == value and a != link)
+            hops = [(owner, a) for o, a in world.facts if o == value and a != link and (o, a) not in known]
+            out.setdefault("two-hop", []).extend(hops)
     return out
 
 
-def ask(rng: random.Random, world: World, style: str, *, step: str = "", binding: Binding | None = None, two_hop: float = 0.2) -> Item:
-    """A question about a random fact. With `step`, its answer defines that memo (in `math`: adds to the total so far)."""
-    found = lookups(world)
+def ask(
+    rng: random.Random,
+    world: World,
+    style: str,
+    *,
+    step: str = "",
+    binding: Binding | None = None,
+    two_hop: float = 0.2,
+    fresh: bool = False,
+) -> Item:
+    """A question about a random fact. With `step`, its answer defines that memo (in `math`: adds to the total so far). With
+    `fresh`, about one that no answer has stated yet, as long as there is one.
+    """
+    found = lookups(world, fresh=fresh)
+    found = found if any(b != "two-hop" for b in found) else lookups(world)
     if step and world.domain.arithmetic:  # totals are of numbers; a world without any gets a plain question
         numbers = {b: kept for b, keys in found.items() if (kept := [k for k in keys if k[1] != world.domain.link])}
         found, step = (numbers, step) if numbers else (found, "")
@@ -136,8 +158,10 @@ def ask(rng: random.Random, world: World, style: str, *, step: str = "", binding
         wanted = "two-hop" in found and rng.random() < two_hop
         binding = "two-hop" if wanted and found["two-hop"] else rng.choice(direct)
     owner, attribute = rng.choice(found[binding])
+    world.asked.add((owner, attribute))
     if binding == "two-hop":
         link, hop = world.domain.link, world.facts[owner, world.domain.link]
+        world.asked |= {(owner, link), (hop, attribute)}
         asked, path, value = f"{attribute} of {link} of {owner}", f"{link} of {owner} is {hop} and ", world.facts[hop, attribute]
         stated = f"{path}{attribute} of {hop} is"
     else:

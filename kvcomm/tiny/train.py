@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,20 +42,27 @@ class Stage:
     fillers: tuple[int, int] = (0, 2)
     other: float = 0.3
     two_hop: float = 0.2
-    memos: float = 0.5  # share of questions that define or use a memo
+    memos: float = 0.25  # share of questions that define or use a memo
     styles: tuple[str, ...] = STYLES
+    items: tuple[int, int] = (2, 6)  # questions of one turn
+    said: int = 2  # other agents heard, at most
+    once: bool = True  # no fact is asked twice: an answer cannot be copied from an earlier one
 
 
+OLD: dict[str, Any] = {"items": (1, 4), "said": 4, "once": False}
 CURRICULUM = (
-    Stage(1.5, 96, warm=0.8, facts=(1, 1), fillers=(0, 0), other=0.0, two_hop=0.0, memos=0.0, styles=("plain",)),
-    Stage(3.5, 128, warm=0.2, facts=(1, 2), fillers=(0, 0), other=0.1, two_hop=0.0, memos=0.0, styles=("plain",)),
-    Stage(7.0, 192, warm=0.05, facts=(1, 3), fillers=(0, 1), two_hop=0.1, memos=0.3),
-    Stage(12.5, 288),
-    Stage(16.5, 512),
-    Stage(20.5, 1024, fillers=(0, 4)),
-    Stage(21.5, 2048, fillers=(0, 4)),
-    Stage(25.0, 1024, fillers=(0, 4)),
+    Stage(1.5, 96, warm=0.8, facts=(1, 1), fillers=(0, 0), other=0.0, two_hop=0.0, memos=0.0, styles=("plain",), **OLD),
+    Stage(3.5, 128, warm=0.2, facts=(1, 2), fillers=(0, 0), other=0.1, two_hop=0.0, memos=0.0, styles=("plain",), **OLD),
+    Stage(7.0, 192, warm=0.05, facts=(1, 3), fillers=(0, 1), two_hop=0.1, memos=0.5, **OLD),
+    Stage(12.5, 288, memos=0.5, **OLD),
+    Stage(16.0, 512, memos=0.5, **OLD),
+    Stage(21.0, 256),
+    Stage(25.0, 512, said=4),
+    Stage(30.0, 1024, fillers=(0, 3), said=4),
+    Stage(31.0, 2048, fillers=(3, 9), said=4),
+    Stage(34.0, 1024, fillers=(0, 3), said=4),
 )
+DECAY_FROM = 25.0  # million tokens; from there the learning rate falls linearly, to 3 % at the end
 TOKENS_PER_STEP = 4096
 CHECKPOINT_STEPS = 500
 
@@ -95,9 +103,9 @@ def questions(rng: random.Random, world: tasks.World, style: str, stage: Stage, 
             if world.memos and (not step or rng.random() < 0.4):
                 items.append(tasks.recall(rng, world, style))
             else:
-                items.append(tasks.ask(rng, world, style, step=step, two_hop=stage.two_hop))
+                items.append(tasks.ask(rng, world, style, step=step, two_hop=stage.two_hop, fresh=stage.once))
         else:
-            items.append(tasks.ask(rng, world, style, two_hop=stage.two_hop))
+            items.append(tasks.ask(rng, world, style, two_hop=stage.two_hop, fresh=stage.once))
     return items
 
 
@@ -105,20 +113,20 @@ def team_sequence(rng: random.Random, stage: Stage, encode: Encoder) -> Sequence
     """One agent's prompt with its answer, then further questions and answers until the sequence is full."""
     out, domain = Sequence(encode), rng.choice(list(DOMAINS.values()))
     per_doc = 7 + 5 * sum(stage.facts) / 2 + 3 * sum(stage.fillers)
-    most = max(2, min(24, int(stage.length / per_doc * 0.75)))
+    most = max(2, min(24, int(stage.length / per_doc * (0.6 if stage.once else 0.75))))
     style = rng.choice(stage.styles)
-    world = tasks.make_world(rng, domain, rng.randint(2, most), facts=stage.facts, fillers=stage.fillers, other=stage.other)
+    world = tasks.make_world(rng, domain, rng.randint(max(2, most // 2) if stage.once else 2, most), facts=stage.facts, fillers=stage.fillers, other=stage.other)
     roles = rng.sample(ROLES, 5)
     said = []
     if stage.memos:
-        for role in roles[: rng.randint(0, 4)]:
+        for role in roles[: rng.randint(0, stage.said)]:
             said.append(tasks.say(role, tasks.answer_text(questions(rng, world, rng.choice(stage.styles), stage, rng.randint(1, 3)))))
-    items = questions(rng, world, style, stage, rng.randint(1, 4))
+    items = questions(rng, world, style, stage, rng.randint(*stage.items))
     out.add(f"<bos> <|system|> {tasks.role_text(roles[-1], style)} <|end|>", CONTEXT_WEIGHT)
     out.add(f"<|user|> {tasks.user_text(world.documents(), said, items)} <|end|> <|assistant|>", CONTEXT_WEIGHT)
     out.add(f"{tasks.answer_text(items)} <|end|>", 1.0)
-    while len(out.ids) < stage.length:
-        items = questions(rng, world, style, stage, rng.randint(1, 4))
+    while len(out.ids) < stage.length and not (stage.once and world.exhausted):
+        items = questions(rng, world, style, stage, rng.randint(*stage.items))
         out.add(f"<|user|> {tasks.user_text([], [], items)} <|end|> <|assistant|>", CONTEXT_WEIGHT)
         out.add(f"{tasks.answer_text(items)} <|end|>", 1.0)
     return out
@@ -286,9 +294,8 @@ def main(argv: list[str] | None = None) -> None:
             ids, weights = ahead.result()
             if i + 1 < len(remaining):
                 ahead = pool.submit(batch, args.seed, step + 1, remaining[i + 1][1], encode, pad)
-            done = seen / total
             model.config._attn_implementation = "eager" if stage.length <= 512 else "sdpa"  # whichever is faster on a CPU
-            scale = min(1.0, (step + 1) / 60) * (1.0 if done < 0.6 else max(0.03, (1 - done) / 0.4))
+            scale = min(1.0, (step + 1) / 60) * min(1.0, max(0.03, (total - seen) / (total - DECAY_FROM * 1e6)))
             loss, right = run(ids, weights)
             model.zero_grad()
             loss.backward()

@@ -107,9 +107,10 @@ class SpanLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Drop the last -tokens_to_remove tokens; a positive number is the length to keep (the older meaning)."""
-        self.length = min(self.length, tokens_to_remove) if tokens_to_remove > 0 else max(self.length + tokens_to_remove, 0)
+        change = int(tokens_to_remove)  # some versions hand over a tensor
+        self.length = min(self.length, change) if change > 0 else max(self.length + change, 0)
 
     def reset(self) -> None:
         self.length, self.at = 0, None

@@ -112,6 +112,9 @@ def test_older_meaning_of_crop_and_reset() -> None:
     assert layer.get_seq_length() == 5
     layer.crop(9)
     assert layer.get_seq_length() == 5
+    layer.crop(torch.tensor(-2))
+    assert type(layer.get_seq_length()) is int
+    assert layer.get_seq_length() == 3
     layer.at = torch.tensor([0])
     layer.reset()
     assert layer.get_seq_length() == 0

@@ -12,9 +12,11 @@ from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from kvcomm.errors import InputError
 from kvcomm.segments import Ids, Segment
@@ -71,6 +73,19 @@ class _Space:
 
     windows: dict[int, list[tuple[_Record, int]]] = field(default_factory=dict)  # of 8 tokens, wherever they stand
     prefixes: dict[int, list[tuple[_Record, int]]] = field(default_factory=dict)  # of context + ids up to a window's end
+
+
+class _Run(NamedTuple):
+    """A common run: prompt [start, end) from `offset` on in the record's segment."""
+
+    start: int
+    end: int
+    record: _Record
+    offset: int
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
 
 
 class TextIndex:
@@ -262,7 +277,7 @@ class _Search:
         --+-------[======]--[=====]------ start up to first + 7; those compete, and the longest wins
 
         """
-        runs: list[tuple[int, int, _Record, int]] = []  # start, end, record, offset
+        runs: list[_Run] = []
         done: dict[tuple[int, int], int] = {}  # (record, diagonal) -> end of what was compared on it
         first = len(self.prompt)
         for k in range(bisect_left(hits, floor), len(hits)):
@@ -277,19 +292,16 @@ class _Search:
                 left = self._common_before(record, offset, i, floor)
                 done[diagonal] = i + right
                 if left + right >= self.min_run:
-                    runs.append((i - left, i + right, record, offset - left))
+                    runs.append(_Run(i - left, i + right, record, offset - left))
                     first = min(first, i - left)
-        return self._choose([run for run in runs if run[0] < first + WINDOW]) if runs else None
+        return self._choose([run for run in runs if run.start < first + WINDOW]) if runs else None
 
-    def _choose(self, runs: list[tuple[int, int, _Record, int]]) -> Match:
-        longest = max(end - start for start, end, _, _ in runs)
-        runs = [run for run in runs if run[1] - run[0] == longest]
-        exact = [run for run in runs if self._is_exact(run[2], run[3], run[0])]
-        if exact or len(runs) == 1:
-            start, end, record, offset = max(exact or runs, key=lambda run: run[2].number)
-        else:
-            start, end, record, offset = max(runs, key=lambda run: (self._nearness(run), run[2].number))
-        return Match(start, end, record.segment, offset, bool(exact))
+    def _choose(self, runs: list[_Run]) -> Match:
+        longest = max(run.tokens for run in runs)
+        runs = sorted((run for run in runs if run.tokens == longest), key=lambda run: -run.record.number)
+        exact = [run for run in runs if self._is_exact(run.record, run.offset, run.start)]
+        run = exact[0] if exact else runs[0] if len(runs) == 1 else runs[int(np.argmax(self._nearness(runs)))]
+        return Match(run.start, run.end, run.record.segment, run.offset, bool(exact))
 
     def _is_exact(self, record: _Record, offset: int, start: int) -> bool:
         """Is `record`'s token at `offset` at its old position, behind the same tokens? Decided on the token ids."""
@@ -333,50 +345,56 @@ class _Search:
             step *= 2
         return length
 
-    def _nearness(self, run: tuple[int, int, _Record, int]) -> float:
-        """How much of what stood in front of a run when it was computed also stands in front of it in the prompt, 0 to 1.
+    def _nearness(self, runs: list[_Run]) -> npt.NDArray[np.float64]:
+        """[runs]; how much of what stood in front of a run when it was computed also stands in front of it here, 0 to 1.
 
         A token of the segment's last 128 before the run counts as common when it belongs to the common suffix of both texts or
         to a window of 8 tokens that stands anywhere before the run in the prompt (by hash: it ranks, it proves nothing). The
         token at distance d weighs 1 / (d + 8). The sum is divided by that of the longer of the two texts, so that foreign
         context and missing context both count against a segment.
         """
-        start, _, record, offset = run
-        self._seen.update(self.windows[self._seen_to : max(start - WINDOW + 1, 0)])
-        self._seen_to = max(self._seen_to, start - WINDOW + 1)
-        segment = record.segment
-        tail = segment.ids[max(offset - NEAR, 0) : offset]
-        if offset < NEAR:
-            tail = np.concatenate([segment.context[max(segment.start + offset - NEAR, 0) :], tail])
-        before = self.prompt[max(start - NEAR, 0) : start]
-        self.compared += NEAR
-        if not len(tail) or not len(before):
-            return float(len(tail) == len(before))
-        common = np.zeros(len(tail), dtype=bool)
-        shorter = min(len(tail), len(before))
-        same = tail[-shorter:] == before[-shorter:]
-        common[-shorter:] = np.logical_and.accumulate(same[::-1])[::-1]
-        if len(tail) >= WINDOW:
-            windows = _window_hashes(_prefix_hashes(tail), np.arange(len(tail) - WINDOW + 1))
-            for j, hashed in enumerate(windows.tolist()):
-                if hashed in self._seen:
-                    common[j : j + WINDOW] = True
-        weights = 1.0 / (np.arange(max(len(tail), len(before))) + 8.0)
-        return float(weights[: len(tail)][::-1][common].sum() / weights.sum())
+        there = np.full((len(runs), NEAR), -1, dtype=np.int32)  # right-aligned; two paddings that equal nothing
+        here = np.full((len(runs), NEAR), -2, dtype=np.int32)
+        longer = np.empty(len(runs), dtype=np.int64)
+        for row, (start, _, record, offset) in enumerate(runs):
+            segment = record.segment
+            inside = segment.ids[max(offset - NEAR, 0) : offset]
+            outside = segment.context[max(segment.start - NEAR + len(inside), 0) :][: NEAR - len(inside)]
+            before = self.prompt[max(start - NEAR, 0) : start]
+            there[row, NEAR - len(inside) :] = inside
+            there[row, NEAR - len(inside) - len(outside) : NEAR - len(inside)] = outside
+            here[row, NEAR - len(before) :] = before
+            longer[row] = max(len(inside) + len(outside), len(before), 1)
+        self.compared += there.size
+
+        common = np.logical_and.accumulate((there == here)[:, ::-1], axis=1)[:, ::-1]
+        to = max(min(run.start for run in runs) - WINDOW + 1, self._seen_to)
+        self._seen.update(self.windows[self._seen_to : to])
+        self._seen_to = to
+        hashes = sliding_window_view(_mix(there), WINDOW, axis=1) @ _powers(_MULTIPLIER, WINDOW)
+        known = np.array([hashed in self._seen for hashed in hashes.ravel().tolist()]).reshape(hashes.shape)
+        for j in range(WINDOW):
+            common[:, j : NEAR - WINDOW + 1 + j] |= known
+        weights = 1.0 / (np.arange(NEAR) + 8.0)
+        return np.asarray((common * weights[::-1]).sum(1) / np.cumsum(weights)[longer - 1])
 
 
 def _bytes(ids: Ids) -> bytes:
     return np.ascontiguousarray(ids, dtype=np.int32).tobytes()
 
 
-def _prefix_hashes(ids: Ids) -> _Hashes:
-    """[tokens + 1]; entry i hashes the i first tokens: sum of mix(id_j) * multiplier**j, modulo 2**64."""
-    mixed = ids.astype(np.uint64) + np.uint64(_MULTIPLIER)  # splitmix64: small ids must not give small hashes
+def _mix(ids: Ids) -> _Hashes:
+    """splitmix64 of every id: small ids must not give small hashes."""
+    mixed = ids.astype(np.uint64) + np.uint64(_MULTIPLIER)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def _prefix_hashes(ids: Ids) -> _Hashes:
+    """[tokens + 1]; entry i hashes the i first tokens: sum of mix(id_j) * multiplier**j, modulo 2**64."""
     out = np.zeros(len(ids) + 1, dtype=np.uint64)
-    np.cumsum(mixed * _powers(_MULTIPLIER, len(ids)), out=out[1:])
+    np.cumsum(_mix(ids) * _powers(_MULTIPLIER, len(ids)), out=out[1:])
     return out
 
 

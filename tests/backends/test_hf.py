@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from kvcomm.backends.base import Backend
 from kvcomm.backends.span_cache import SpanCache
 from kvcomm.errors import CacheFault
 from kvcomm.testing import tiny_random
@@ -293,6 +294,7 @@ def test_inference_mode_leaves_buffers_that_can_be_used_again(llama: Case) -> No
                 cache = llama.cache(llama.same_place(*PLACES))
                 llama.backend.arm(cache, llama.ids, SEAMS)
                 cache.layers[0].reserve(cache.capacity + 1)  # growing allocates, too
+                assert not cache.layers[0].k.is_inference()
                 with llama.backend.hooked():
                     assert torch.equal(llama.generate(cache), expected)
                 read = llama.backend.read(cache, 3, N, N)
@@ -308,6 +310,14 @@ def test_forwards_that_return_tuples_are_left_alone(llama: Case) -> None:
 def test_identity_is_that_of_the_model(llama: Case, make: Callable[..., Case]) -> None:
     assert llama.backend.fingerprint == make("llama").backend.fingerprint
     assert llama.backend.fingerprint != make("llama", seed=1).backend.fingerprint
+
+
+def test_it_keeps_the_contract(llama: Case) -> None:
+    """For the type checker; at run time, every member of the protocol is there."""
+    backend: Backend = llama.backend
+    members = {name for name in vars(Backend) if not name.startswith("_")} | Backend.__annotations__.keys()
+    assert len(members) > 10
+    assert all(hasattr(backend, name) for name in members)
 
 
 def test_names(llama: Case) -> None:

@@ -144,6 +144,10 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
     assert same(before, state_of(model))
 
 
+def test_dropout_does_not_disturb_the_trial() -> None:
+    assert HFBackend(tiny_random("llama", attention_dropout=0.9).train()).rope.rotates == (True,) * 4
+
+
 def test_it_is_left_as_it_was_when_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_random("llama").train()
     monkeypatch.setattr(model.lm_head, "forward", lambda x: x / "nonsense")

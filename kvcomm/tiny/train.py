@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,9 +61,14 @@ CURRICULUM = (
     Stage(25.0, 512, said=4),
     Stage(30.0, 1024, fillers=(0, 3), said=4),
     Stage(31.0, 2048, fillers=(3, 9), said=4),
-    Stage(34.0, 1024, fillers=(0, 3), said=4),
+    Stage(32.5, 1024, fillers=(0, 3), said=4),
+    Stage(40.0, 256, fillers=(0, 1), two_hop=0.3, memos=0.15, items=(3, 6)),
+    Stage(43.0, 512, two_hop=0.3, memos=0.15, items=(3, 6), said=4),
+    Stage(46.5, 1024, fillers=(0, 3), two_hop=0.3, memos=0.15, items=(2, 6), said=4),
+    Stage(47.0, 2048, fillers=(3, 9), two_hop=0.3, memos=0.15, items=(2, 6), said=4),
+    Stage(49.0, 768, fillers=(0, 3), two_hop=0.3, memos=0.15, items=(2, 4), said=4),
 )
-DECAY_FROM = 25.0  # million tokens; from there the learning rate falls linearly, to 3 % at the end
+RATES = ((25.0, 1.0), (32.5, 0.2), (32.501, 0.6), (49.0, 0.01))  # million tokens, share of the learning rate; linear between
 TOKENS_PER_STEP = 4096
 CHECKPOINT_STEPS = 500
 
@@ -285,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     torch._dynamo.config.recompile_limit = 32
     run = loss_of if args.no_compile else torch.compile(loss_of, dynamic=False)
     args.out.mkdir(parents=True, exist_ok=True)
-    began, total, smooth = time.time(), CURRICULUM[-1].until * 1e6, 0.0
+    began, smooth = time.time(), 0.0
     remaining = list(steps(seen))
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(batch, args.seed, step, remaining[0][1], encode, pad) if remaining else None
@@ -295,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
             if i + 1 < len(remaining):
                 ahead = pool.submit(batch, args.seed, step + 1, remaining[i + 1][1], encode, pad)
             model.config._attn_implementation = "eager" if stage.length <= 512 else "sdpa"  # whichever is faster on a CPU
-            scale = min(1.0, (step + 1) / 60) * min(1.0, max(0.03, (total - seen) / (total - DECAY_FROM * 1e6)))
+            scale = min(1.0, (step + 1) / 60) * float(np.interp(seen / 1e6, *zip(*RATES, strict=True)))
             loss, right = run(ids, weights)
             model.zero_grad()
             loss.backward()

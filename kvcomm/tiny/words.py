@@ -25,6 +25,10 @@ FUNCTIONS = (
     "parse load save merge sort find split join read write open close scan print push pop map trim pack send copy move wrap "
     "lock hash sum fold zip seek flush"
 ).split()
+MODULES = (
+    "parser loader buffer cache queue stack tree graph table timer pool router socket kernel driver shell linker tracer logger "
+    "mapper reader viewer finder solver scheduler monitor broker relay sensor filter mixer vault"
+).split()
 TYPES = "int str list dict bool float tuple bytes set none path date".split()
 ERRORS = "timeout overflow missing denied broken stale refused empty full unknown expired corrupt".split()
 VARIABLES = "x y z n m k".split()
@@ -38,7 +42,8 @@ VERBS = "waits moves shines rests opens closes turns falls grows stays".split()
 ADVERBS = "slowly quickly often again today softly alone there early late".split()
 
 ROLES = "clerk analyst writer critic judge planner coder tester lawyer doctor teacher scout auditor editor worker reviewer".split()
-STYLES = ("plain", "loud", "quoted")
+STYLES = ("plain", "loud")
+RETIRED = ["quoted"]  # words of an earlier version of the language: token ids must not move under trained weights
 
 GLUE = (
     "you are the a careful agent of team . , : ? your style is use only what said below about next and so plus minus says "
@@ -86,7 +91,7 @@ LINES = tuple(f"{v} = {f} ( {w} )" for v in VARIABLES for f in FUNCTIONS for w i
 CODE = Domain(
     "code",
     "spec",
-    tuple(FUNCTIONS),
+    tuple(MODULES),
     {"takes": tuple(TYPES), "returns": tuple(TYPES), "raises": tuple(ERRORS), "head": LINES, "tail": LINES},
     "calls",
     "patch",
@@ -97,8 +102,8 @@ DOMAINS = {d.name: d for d in (RETRIEVAL, MATH, CODE)}
 def all_words() -> list[str]:
     """Every word of the language, each once, in a fixed order."""
     values = [v for d in DOMAINS.values() for vs in d.values.values() for v in vs]
-    lower = [*GLUE, *ROLES, *STYLES, *PEOPLE, *FUNCTIONS, *NUMBERS, *STEPS, *ADJECTIVES, *NOUNS, *VERBS, *ADVERBS]
+    lower = [*GLUE, *ROLES, *STYLES, *RETIRED, *PEOPLE, *FUNCTIONS, *NUMBERS, *STEPS, *ADJECTIVES, *NOUNS, *VERBS, *ADVERBS]
     lower += [word for d in DOMAINS.values() for word in (d.document, d.link, d.memo, *d.values)]
     lower += [word for v in values for word in v.split()]
     upper = [word.upper() for v in values for word in v.split()]
-    return list(dict.fromkeys([*lower, *upper]))
+    return list(dict.fromkeys([*lower, *upper, *MODULES]))

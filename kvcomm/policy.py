@@ -34,7 +34,8 @@ FALLBACKS: Mapping[str, str] = MappingProxyType(
 def plan(length: int, matches: Sequence[Match], config: Config, rule: Rule = "auto") -> Plan:
     """How to serve a prompt of `length` tokens whose known runs are `matches` (disjoint, in order).
 
-    A span is exact when its match is and exact spans cover everything before it. Other spans are moved: under rung `boundary`
+    A span is exact when its match is and no moved span lies before it (what is computed behind exact text is exact). Other spans
+    are moved: under rung `boundary`
     their first `config.boundary` tokens are computed again, and so are the last `config.closing` of the prompt. Exact spans
     need neither. The last token is always computed, for its logits. Where a larger share of the prompt than
     `config.max_recompute` would be computed, moved spans are given up; an exact prefix is worth it at any length.
@@ -51,9 +52,9 @@ def plan(length: int, matches: Sequence[Match], config: Config, rule: Rule = "au
         return _dense(length, "nothing-known")
     moved: Rung = "boundary" if config.rung == "boundary" else "rotate"
     exact_to = 0
-    spans = []
+    spans: list[Span] = []
     for match in matches:
-        if match.exact and match.start == exact_to and match.tokens >= MIN_REUSED:
+        if match.exact and match.tokens >= MIN_REUSED and all(span.rung == "exact" for span in spans):
             exact_to = match.end
             spans.append(Span(match.start, match.end, "exact", match.segment, match.offset))
         elif rule == "auto":

@@ -62,13 +62,13 @@ CURRICULUM = (
     Stage(30.0, 1024, fillers=(0, 3), said=4),
     Stage(31.0, 2048, fillers=(3, 9), said=4),
     Stage(32.5, 1024, fillers=(0, 3), said=4),
-    Stage(40.0, 256, fillers=(0, 1), two_hop=0.3, memos=0.15, items=(3, 6)),
-    Stage(43.0, 512, two_hop=0.3, memos=0.15, items=(3, 6), said=4),
-    Stage(46.5, 1024, fillers=(0, 3), two_hop=0.3, memos=0.15, items=(2, 6), said=4),
-    Stage(47.0, 2048, fillers=(3, 9), two_hop=0.3, memos=0.15, items=(2, 6), said=4),
-    Stage(49.0, 768, fillers=(0, 3), two_hop=0.3, memos=0.15, items=(2, 4), said=4),
+    Stage(45.0, 256, two_hop=0.3, memos=0.15, items=(3, 6)),
+    Stage(48.5, 512, two_hop=0.3, memos=0.15, items=(3, 6), said=4),
+    Stage(50.5, 1024, fillers=(0, 3), two_hop=0.3, memos=0.15, items=(2, 6), said=4),
+    Stage(50.8, 2048, fillers=(3, 9), two_hop=0.3, memos=0.15, items=(2, 6), said=4),
+    Stage(52.0, 768, fillers=(0, 3), two_hop=0.3, memos=0.15, items=(2, 4), said=4),
 )
-RATES = ((25.0, 1.0), (32.5, 0.2), (32.501, 0.6), (49.0, 0.01))  # million tokens, share of the learning rate; linear between
+RATES = ((25.0, 1.0), (32.5, 0.2), (32.501, 0.6), (52.0, 0.01))  # million tokens, share of the learning rate; linear between
 TOKENS_PER_STEP = 4096
 CHECKPOINT_STEPS = 500
 
@@ -77,7 +77,9 @@ class Encoder:
     """Words to ids without the tokenizer's overhead; the tests check that both agree."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.ids: dict[str, int] = {w.removeprefix("Ġ"): i for w, i in tokenizer.get_vocab().items() if w[0] in "Ġ<" and len(w) > 1}
+        self.ids: dict[str, int] = {
+            w.removeprefix("Ġ"): i for w, i in tokenizer.get_vocab().items() if w[0] in "Ġ<" and len(w) > 1
+        }
 
     def __call__(self, text: str) -> list[int]:
         return [self.ids[word] for word in text.split()]
@@ -121,12 +123,21 @@ def team_sequence(rng: random.Random, stage: Stage, encode: Encoder) -> Sequence
     per_doc = 7 + 5 * sum(stage.facts) / 2 + 3 * sum(stage.fillers)
     most = max(2, min(24, int(stage.length / per_doc * (0.6 if stage.once else 0.75))))
     style = rng.choice(stage.styles)
-    world = tasks.make_world(rng, domain, rng.randint(max(2, most // 2) if stage.once else 2, most), facts=stage.facts, fillers=stage.fillers, other=stage.other)
+    world = tasks.make_world(
+        rng,
+        domain,
+        rng.randint(max(2, most // 2) if stage.once else 2, most),
+        facts=stage.facts,
+        fillers=stage.fillers,
+        other=stage.other,
+    )
     roles = rng.sample(ROLES, 5)
     said = []
     if stage.memos:
         for role in roles[: rng.randint(0, stage.said)]:
-            said.append(tasks.say(role, tasks.answer_text(questions(rng, world, rng.choice(stage.styles), stage, rng.randint(1, 3)))))
+            said.append(
+                tasks.say(role, tasks.answer_text(questions(rng, world, rng.choice(stage.styles), stage, rng.randint(1, 3))))
+            )
     items = questions(rng, world, style, stage, rng.randint(*stage.items))
     out.add(f"<bos> <|system|> {tasks.role_text(roles[-1], style)} <|end|>", CONTEXT_WEIGHT)
     out.add(f"<|user|> {tasks.user_text(world.documents(), said, items)} <|end|> <|assistant|>", CONTEXT_WEIGHT)
@@ -144,7 +155,9 @@ def warm_sequence(rng: random.Random, stage: Stage, encode: Encoder) -> Sequence
     out.add("<bos>", 0.0)
     domain = rng.choice(list(DOMAINS.values()))
     if rng.random() < 0.4:
-        words = [rng.choice(rng.choice([*domain.values.values(), domain.owners])) for _ in range(rng.randint(8, stage.length // 4))]
+        words = [
+            rng.choice(rng.choice([*domain.values.values(), domain.owners])) for _ in range(rng.randint(8, stage.length // 4))
+        ]
         out.add(" ".join(words), 0.0)
         while len(out.ids) < stage.length:
             out.add(words[0], 0.0)
@@ -174,18 +187,19 @@ def batch(seed: int, step: int, stage: Stage, encode: Encoder, pad: int) -> tupl
 
 
 def config(vocab_size: int) -> LlamaConfig:
+    attention: dict[str, Any] = {"attn_implementation": "sdpa"}  # an option of every configuration, named in no signature
     return LlamaConfig(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=320, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=1, eos_token_id=6, pad_token_id=0,
-        attn_implementation="sdpa", use_cache=False,
+        use_cache=False, **attention,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def structured_start(model: LlamaForCausalLM, constant: float = 0.1, gain: float = 1.3, frequencies: int = 8) -> None:
     """Scales the random start and turns head h of layer 0 into an "attend h + 1 tokens back" head."""
-    c = model.config
+    c: Any = model.config  # all of what is read here is set in `config`
     for name, p in model.named_parameters():
         if p.dim() == 2:
             p.normal_(std=0.02 if "embed" in name else p.shape[1] ** -0.5)
@@ -224,7 +238,8 @@ class Muon:
         for _ in range(5):
             a = x @ x.mT
             x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-        return (x.mT if tall else x).float()
+        out: Tensor = (x.mT if tall else x).float()
+        return out
 
     @torch.no_grad()
     def step(self, lr: float, beta: float = 0.95, decay: float = 0.01) -> None:
@@ -240,7 +255,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     """A bf16 checkpoint and its tokenizer, as any Hugging Face loader expects them."""
     import copy
 
-    final = copy.deepcopy(model).to(torch.bfloat16)
+    final: Any = copy.deepcopy(model)  # transformers' annotation of `to` lost its first parameter
+    final.to(torch.bfloat16)
     final.config.use_cache = True
     final.config.dtype = torch.bfloat16
     final.generation_config.do_sample, final.generation_config.use_cache = False, True
@@ -268,11 +284,14 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     tokenizer = build()
-    encode, pad = Encoder(tokenizer), tokenizer.convert_tokens_to_ids("<pad>")
+    encode = Encoder(tokenizer)
+    pad = encode.ids["<pad>"]
     model = LlamaForCausalLM(config(768))
     structured_start(model)
     muon = Muon([p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n])
-    adam = torch.optim.AdamW([p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n], betas=(0.9, 0.95), weight_decay=0.0)
+    adam = torch.optim.AdamW(
+        [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n], betas=(0.9, 0.95), weight_decay=0.0
+    )
     checkpoint, step, seen = args.out / "checkpoint.pt", 0, 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -301,7 +320,8 @@ def main(argv: list[str] | None = None) -> None:
             if i + 1 < len(remaining):
                 ahead = pool.submit(batch, args.seed, step + 1, remaining[i + 1][1], encode, pad)
             model.config._attn_implementation = "eager" if stage.length <= 512 else "sdpa"  # whichever is faster on a CPU
-            scale = min(1.0, (step + 1) / 60) * float(np.interp(seen / 1e6, *zip(*RATES, strict=True)))
+            rate = float(np.interp(seen / 1e6, [at for at, _ in RATES], [share for _, share in RATES]))
+            scale = min(1.0, (step + 1) / 60) * rate
             loss, right = run(ids, weights)
             model.zero_grad()
             loss.backward()
@@ -313,9 +333,19 @@ def main(argv: list[str] | None = None) -> None:
             step += 1
             smooth = 0.95 * smooth + 0.05 * right.item()
             if step % 50 == 0:
-                print(f"step {step} length {stage.length} tokens {seen / 1e6:.2f}M loss {loss.item():.3f} right {smooth:.3f} {time.time() - began:.0f}s", flush=True)
+                print(
+                    f"step {step} length {stage.length} tokens {seen / 1e6:.2f}M "
+                    f"loss {loss.item():.3f} right {smooth:.3f} {time.time() - began:.0f}s",
+                    flush=True,
+                )
             if step % CHECKPOINT_STEPS == 0 or i + 1 == len(remaining):
-                state = {"model": model.state_dict(), "adam": adam.state_dict(), "muon": list(muon.momentum.items()), "step": step, "seen": seen + ids.shape[0] * stage.length}
+                state = {
+                    "model": model.state_dict(),
+                    "adam": adam.state_dict(),
+                    "muon": list(muon.momentum.items()),
+                    "step": step,
+                    "seen": seen + ids.shape[0] * stage.length,
+                }
                 torch.save(state, checkpoint.with_suffix(".tmp"))
                 checkpoint.with_suffix(".tmp").replace(checkpoint)
                 save(model, tokenizer, args.out / "model")

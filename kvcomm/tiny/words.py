@@ -41,9 +41,10 @@ NOUNS = "river market garden train window library bridge morning letter street".
 VERBS = "waits moves shines rests opens closes turns falls grows stays".split()
 ADVERBS = "slowly quickly often again today softly alone there early late".split()
 
-ROLES = "clerk analyst writer critic judge planner coder tester lawyer doctor teacher scout auditor editor worker reviewer".split()
+ROLES = (
+    "clerk analyst writer critic judge planner coder tester lawyer doctor teacher scout auditor editor worker reviewer".split()
+)
 STYLES = ("plain", "loud")
-RETIRED = ["quoted"]  # words of an earlier version of the language: token ids must not move under trained weights
 
 GLUE = (
     "you are the a careful agent of team . , : ? your style is use only what said below about next and so plus minus says "
@@ -87,7 +88,7 @@ MATH = Domain(
     "total",
     arithmetic=True,
 )
-LINES = tuple(f"{v} = {f} ( {w} )" for v in VARIABLES for f in FUNCTIONS for w in VARIABLES if v != w)
+LINES = tuple(f"{f} ( {VARIABLES[i % len(VARIABLES)]} )" for i, f in enumerate(FUNCTIONS))  # a line of code, quoted whole
 CODE = Domain(
     "code",
     "spec",
@@ -102,8 +103,8 @@ DOMAINS = {d.name: d for d in (RETRIEVAL, MATH, CODE)}
 def all_words() -> list[str]:
     """Every word of the language, each once, in a fixed order."""
     values = [v for d in DOMAINS.values() for vs in d.values.values() for v in vs]
-    lower = [*GLUE, *ROLES, *STYLES, *RETIRED, *PEOPLE, *FUNCTIONS, *NUMBERS, *STEPS, *ADJECTIVES, *NOUNS, *VERBS, *ADVERBS]
+    lower = [*GLUE, *ROLES, *STYLES, *PEOPLE, *MODULES, *FUNCTIONS, *NUMBERS, *STEPS, *ADJECTIVES, *NOUNS, *VERBS, *ADVERBS]
     lower += [word for d in DOMAINS.values() for word in (d.document, d.link, d.memo, *d.values)]
     lower += [word for v in values for word in v.split()]
     upper = [word.upper() for v in values for word in v.split()]
-    return list(dict.fromkeys([*lower, *upper, *MODULES]))
+    return list(dict.fromkeys([*lower, *upper]))

@@ -42,7 +42,7 @@ def align(generated: Sequence[int], canonical: Sequence[int], cached: int) -> Al
     """
     have = list(generated[:cached])
     if list(canonical) == have[: len(canonical)]:
-        blocks = (Block(0, 0, len(canonical)),)
+        blocks: tuple[Block, ...] = (Block(0, 0, len(canonical)),)
     else:
         found = SequenceMatcher(None, have, list(canonical), autojunk=False).get_matching_blocks()
         blocks = tuple(Block(a, b, n) for a, b, n in found if n)

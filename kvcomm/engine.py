@@ -1,7 +1,7 @@
 """The life of one request: match -> plan -> assemble -> run -> learn.
 
-The engine owns its store and its index of known text; both are passed in. It never lets a cache fault reach the caller: whatever
-goes wrong with stored KV, the request is answered densely, the fault is counted, and the report says why.
+The engine owns its store and its index of known text; both are passed in. It never lets a cache fault reach the caller:
+whatever goes wrong with stored KV, the request is answered densely, the fault is counted, and the report says why.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ class Who:
             raise InputError(f"rule is {self.rule!r} for agent {self.agent!r}; use auto or exact")
 
 
+NOBODY = Who()
+
+
 @dataclass(frozen=True)
 class Output:
     """An answer and what its prompt cost."""
@@ -93,11 +96,13 @@ class KVComm:
         self.backend = backend
         self.config = config or Config.from_env()
         self.store: Store = MemoryStore(self.config.store_bytes) if store is None else store
-        self.index = TextIndex(min_run=self.config.min_run, max_windows=self.config.index_windows, variants=self.config.variants)
+        self.index = TextIndex(
+            min_run=self.config.min_run, max_windows=self.config.index_windows, variants=self.config.variants
+        )
         self.counters = Counters()
         self.reports: deque[ReuseReport] = deque(maxlen=1000)
         self._learner = Learner(backend, self.store, self.index, self.config)
-        self._who: ContextVar[Who] = ContextVar("kvcomm_who", default=Who())
+        self._who: ContextVar[Who] = ContextVar("kvcomm_who", default=NOBODY)
         self._lock = threading.RLock()
 
     @classmethod
@@ -110,8 +115,8 @@ class KVComm:
         store: Store | None = None,
         **options: Any,  # Hugging Face loading options, passed on
     ) -> KVComm:
-        """Loads a Hugging Face id or folder, without one the embedded model. Raises InputError where there is no usable checkpoint and UnsupportedModel where its
-        cache cannot be shared.
+        """Loads a Hugging Face id or folder, without one the embedded model. Raises InputError where there is no usable
+        checkpoint and UnsupportedModel where its cache cannot be shared.
         """
         from kvcomm.backends.loading import load
         from kvcomm.tiny import FOLDER
@@ -120,7 +125,12 @@ class KVComm:
 
     @classmethod
     def from_model(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, config: Config | None = None, store: Store | None = None
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        config: Config | None = None,
+        store: Store | None = None,
     ) -> KVComm:
         """For a model that is loaded already."""
         from kvcomm.backends.hf import HFBackend
@@ -131,7 +141,7 @@ class KVComm:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, or of chat messages under the model's own template. Raises InputError where there is nothing."""
-        tokenizer = self.backend.tokenizer
+        tokenizer: Any = self.backend.tokenizer  # what its calls return depends on their arguments
         if tokenizer is None:
             raise InputError("this model came without a tokenizer; pass one to KVComm.from_model")
         if not prompt:
@@ -144,22 +154,39 @@ class KVComm:
             raise InputError("the prompt has no tokens; give it at least one")
         return ids
 
-    def generate(self, prompt: Prompt, *, agent: str = "", rule: Rule = "auto", tenant: str = "", max_new_tokens: int = 256, **options: Any) -> Output:
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        agent: str = "",
+        rule: Rule = "auto",
+        tenant: str = "",
+        max_new_tokens: int = 256,
+        **options: Any,
+    ) -> Output:
         """Answers one prompt; `options` go to the model's own `generate`. Raises InputError for an unusable prompt."""
         ids = self.encode(prompt)
         limit = self.backend.context_limit
         if limit is not None and len(ids) + 1 > limit:
-            raise InputError(f"the prompt has {len(ids)} tokens, the model's context {limit}; shorten the prompt to at most {limit - 1}")
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, the model's context {limit}; shorten the prompt to at most {limit - 1}"
+            )
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
         inputs = torch.tensor([ids], device=self.backend.model.device)
+        model: Any = self.backend.model  # transformers leaves `generate` loosely typed
         with self.acting(agent, rule=rule, tenant=tenant), self._lock:
             sequences = self._generate(
-                self.backend.model.generate, inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, **options
+                model.generate,
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=max_new_tokens,
+                **options,
             )
             report = self.reports[-1]
         new = sequences[0, len(ids) :].tolist()
-        text = self.backend.tokenizer.decode(new, skip_special_tokens=True) if self.backend.tokenizer else ""
+        tokenizer: Any = self.backend.tokenizer  # decodes one sequence to one text
+        text = tokenizer.decode(new, skip_special_tokens=True) if tokenizer else ""
         assert report.ttft_ms is not None
         return Output(text.strip(), new, report.ttft_ms, report)
 
@@ -180,7 +207,7 @@ class KVComm:
     @contextmanager
     def attach(self, model: PreTrainedModel | None = None) -> Iterator[KVComm]:
         """Within it, every `model.generate(...)`, whoever calls it, shares KV. Undone on exit, also after an exception."""
-        own = self.backend.model
+        own: Any = self.backend.model
         if model is not None and model is not own:
             raise InputError("attach() was given another model than this KVComm holds; use KVComm.from_model(model, tokenizer)")
         if "generate" in vars(own):
@@ -190,7 +217,7 @@ class KVComm:
         def shared(*args: Any, **kwargs: Any) -> Any:
             return self._generate(original, *args, **kwargs)
 
-        own.generate = shared  # type: ignore[method-assign]  # an instance attribute that hides the method until it is deleted
+        own.generate = shared  # an instance attribute that hides the method until it is deleted
         try:
             yield self
         finally:
@@ -200,7 +227,7 @@ class KVComm:
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Serves one call of the model's own `generate`, which stays in charge of everything but the first forward."""
-        inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        inputs: Any = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         who = self._who.get()
         with self._lock:
             refusal = "mode-off" if self.config.mode == "off" else self.backend.refusal(inputs, kwargs)
@@ -208,12 +235,14 @@ class KVComm:
                 return self._untouched(original, args, kwargs, inputs, who, refusal)
             request = _Request(who, inputs[0].to("cpu", torch.int32).numpy())
             plan = self._plan(request)
-            result, cache, plan = self._run(request, plan, lambda cache: original(*args, **{**kwargs, "past_key_values": cache}), kwargs)
+            result, cache, plan = self._run(
+                request, plan, lambda cache: original(*args, **{**kwargs, "past_key_values": cache}), kwargs
+            )
             report = self._report(request, plan)
             started = perf_counter()
             try:
                 self._learner.learn(request.ids, plan, cache, result, who.agent, who.tenant)
-            except Exception as fault:  # learning is optional: the answer is already there
+            except Exception as fault:  # noqa: BLE001  # learning is optional: the answer is already there
                 self._count_fault("learn", fault)
             report = replace(report, learn_ms=(perf_counter() - started) * 1e3)
             if isinstance(result, torch.Tensor):  # else the caller may hold the cache
@@ -239,7 +268,7 @@ class KVComm:
             matches = self._matches(request)
             request.matched = perf_counter()
             plan = make_plan(len(request.ids), matches, self.config, who.rule)
-        except Exception as fault:
+        except Exception as fault:  # noqa: BLE001  # no plan is a dense answer, whatever went wrong
             self._count_fault("plan", fault)
             plan = self._dense(request, f"fault: {fault}")
         request.planned = perf_counter()
@@ -255,7 +284,9 @@ class KVComm:
             for key in gone:
                 self._learner.forget(key)
 
-    def _run(self, request: _Request, plan: Plan, call: Callable[[SpanCache], Any], kwargs: Mapping[str, Any]) -> tuple[Any, SpanCache, Plan]:
+    def _run(
+        self, request: _Request, plan: Plan, call: Callable[[SpanCache], Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, SpanCache, Plan]:
         """Runs `call` on an assembled cache; densely where assembling fails or the first logits are not numbers."""
         room = plan.length + int(kwargs.get("max_new_tokens") or 256)
         if plan.spans:
@@ -315,7 +346,9 @@ class KVComm:
         reports = []
         for span in plan.spans:
             again = int(np.searchsorted(plan.recompute, span.end) - np.searchsorted(plan.recompute, span.start))
-            reports.append(SpanReport(span.start, span.end, span.rung, span.tokens - again, again, span.segment.producer, span.moved))
+            reports.append(
+                SpanReport(span.start, span.end, span.rung, span.tokens - again, again, span.segment.producer, span.moved)
+            )
         return ReuseReport(
             agent=request.who.agent,
             prompt_tokens=plan.length,

@@ -35,7 +35,12 @@ class Learner:
         """
         approximate_from = min((s.start for s in plan.spans if s.rung != "exact"), default=plan.length)
         for start, end in self._unknown(plan):
-            self._keep(self._segment(ids[start:end], ids[:start], producer, tenant, start <= approximate_from), cache, start, plan.length)
+            self._keep(
+                self._segment(ids[start:end], ids[:start], producer, tenant, start <= approximate_from),
+                cache,
+                start,
+                plan.length,
+            )
         sequences = result if isinstance(result, torch.Tensor) else result.sequences
         if len(sequences) == 1 and cache.rows == 1:
             generated = [int(t) for t in sequences[0, len(ids) :]]
@@ -61,7 +66,9 @@ class Learner:
             for lost in self.index.add(segment):
                 self.store.remove(lost)
 
-    def _keep_answer(self, prompt: Ids, generated: list[int], cache: SpanCache, producer: str, tenant: str, *, exact: bool) -> None:
+    def _keep_answer(
+        self, prompt: Ids, generated: list[int], cache: SpanCache, producer: str, tenant: str, *, exact: bool
+    ) -> None:
         """The answer as its readers will encode it. What does not align, and the last sampled token, is computed here."""
         tokenizer, start = self.backend.tokenizer, len(prompt)
         if tokenizer is None:
@@ -89,7 +96,9 @@ class Learner:
         """A cache with the prompt where it was and the answer's blocks where their canonical ids stand."""
         start, end = len(prompt), len(prompt) + len(generated) - 1
         kv = self.backend.read(cache, 0, end, end)
-        source = Segment(np.concatenate([prompt, np.asarray(generated[:-1], dtype=np.int32)]), prompt[:0], self.backend.fingerprint)
+        source = Segment(
+            np.concatenate([prompt, np.asarray(generated[:-1], dtype=np.int32)]), prompt[:0], self.backend.fingerprint
+        )
         spans = [Span(0, start, "exact", source, 0)]
         for block in alignment.blocks:
             at = start + block.canonical

@@ -46,7 +46,7 @@ class Stream:
     def _run(self, generate: Callable[[TextIteratorStreamer], Output]) -> None:
         try:
             self._output = generate(self._pieces)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # raised again in the reader's thread
             self._error = error
         finally:
             self._pieces.end()

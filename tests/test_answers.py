@@ -1,4 +1,4 @@
-"""Alignment of an answer with its re-encoding, against the definition: ids agree wherever a block says so, the rest is missing."""
+"""Alignment of an answer with its re-encoding, against the definition: ids agree where a block says so, the rest is missing."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from kvcomm.answers import align
 
 def test_same_ids_lack_only_the_last() -> None:
     found = align([5, 6, 7], [5, 6, 7], cached=2)
-    assert found.missing.tolist() == [2] and not found.in_place
+    assert found.missing.tolist() == [2]
+    assert not found.in_place
 
 
 def test_an_ended_answer_is_whole() -> None:
     """The end token was sampled last, so everything readers see has KV."""
     found = align([5, 6, 7, 1], [5, 6, 7], cached=3)
-    assert found.in_place and found.missing.tolist() == []
+    assert found.in_place
+    assert found.missing.tolist() == []
 
 
 def test_two_tokens_read_as_one() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,10 @@ from kvcomm.store.null import NullStore
 from kvcomm.testing import tiny_random
 from kvcomm.tiny import tokenizer as tiny_tokenizer
 
-TEXT = "report about bob : city is oslo . pet is dog . the old river waits slowly . report about erin : city is rome . food is rice ."
+TEXT = (
+    "report about bob : city is oslo . pet is dog . the old river waits slowly . "
+    "report about erin : city is rome . food is rice ."
+)
 QUESTION = "questions : city of bob ? food of erin ? now write the final answer in the style of your role only ."
 
 
@@ -40,14 +42,21 @@ def comm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> KVComm:
 
 
 def messages(role: str, text: str = TEXT) -> list[dict[str, str]]:
-    return [{"role": "system", "content": f"you are the {role} , a careful agent of the team ."}, {"role": "user", "content": f"{text} {QUESTION}"}]
+    return [
+        {"role": "system", "content": f"you are the {role} , a careful agent of the team ."},
+        {"role": "user", "content": f"{text} {QUESTION}"},
+    ]
+
+
+def generate(model: Any, ids: torch.Tensor, **options: Any) -> Any:
+    """The model's own generate, which transformers leaves loosely typed, or what has taken its place."""
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
 
 def plain(model: PreTrainedModel, ids: list[int], n: int = 12, **options: Any) -> list[int]:
     """Reference: transformers alone."""
-    inputs = torch.tensor([ids])
-    out = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=n, do_sample=False, **options)
-    return out[0, len(ids) :].tolist()
+    out = generate(model, torch.tensor([ids]), max_new_tokens=n, do_sample=False, **options)
+    return [int(token) for token in out[0, len(ids) :]]
 
 
 def answer(comm: KVComm, prompt: Any, **options: Any) -> Output:
@@ -58,8 +67,11 @@ def test_nothing_known_is_plain_generate(comm: KVComm, model: PreTrainedModel) -
     """First request against transformers alone."""
     out = answer(comm, messages("clerk"), agent="clerk")
     assert out.token_ids == plain(model, comm.encode(messages("clerk")))
-    assert out.report.fallback and out.report.reused_tokens == 0 and out.report.agent == "clerk"
-    assert out.ttft_ms > 0 and out.report.learn_ms is not None
+    assert out.report.fallback
+    assert out.report.reused_tokens == 0
+    assert out.report.agent == "clerk"
+    assert out.ttft_ms > 0
+    assert out.report.learn_ms is not None
 
 
 def test_same_prompt_again_is_exact(comm: KVComm, model: PreTrainedModel) -> None:
@@ -74,7 +86,8 @@ def test_another_agent_reuses_the_moved_text(comm: KVComm) -> None:
     report = answer(comm, messages("very old and very quiet analyst"), agent="analyst").report
     assert report.fallback is None
     moved = [s for s in report.spans if s.rung == "boundary"]
-    assert moved and all(s.producer == "clerk" and s.moved_tokens > 0 for s in moved)
+    assert moved
+    assert all(s.producer == "clerk" and s.moved_tokens > 0 for s in moved)
     assert report.reused_tokens + report.computed_tokens == report.prompt_tokens
     assert sum(report.tokens_by_rung.values()) == report.prompt_tokens
     assert report.reuse_rate > 0.5
@@ -96,7 +109,7 @@ def test_rotation_matters(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         answer(comm, messages("clerk"))
         with comm.attach():
             ids = torch.tensor([comm.encode(messages("very old and very quiet analyst"))])
-            got = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+            got = generate(model, ids, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
         outs[rung] = got.logits[0]
     assert not torch.allclose(outs["naive"], outs["rotate"], atol=1e-3)
     assert not torch.allclose(outs["rotate"], outs["boundary"], atol=1e-3)
@@ -144,7 +157,8 @@ def test_an_answer_whose_ids_change_when_read(comm: KVComm, model: PreTrainedMod
     generated = [*words[:2], *(tokenizer.convert_tokens_to_ids(c) for c in "Ġbob"), *words[3:]]
     assert tokenizer.decode(generated) == WORDS
     prompt, segment, kv = teach(comm, generated)
-    assert segment.ids.tolist() == words and not segment.exact
+    assert segment.ids.tolist() == words
+    assert not segment.exact
     k, v = dense_kv(model, prompt, words)[0]
     torch.testing.assert_close(kv.keys[0], k, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(kv.values[0], v, atol=1e-5, rtol=1e-3)
@@ -200,9 +214,15 @@ def test_tenants_share_nothing(comm: KVComm) -> None:
 def test_nothing_approximate_becomes_exact(comm: KVComm) -> None:
     """A prompt answered with reused text leaves segments that are not taken for exact ones."""
     answer(comm, messages("clerk"))
-    answer(comm, messages("very old analyst", f"{TEXT} the bright letter falls early . the dark train rests today . pet of ute is frog ."))
+    answer(
+        comm,
+        messages(
+            "very old analyst", f"{TEXT} the bright letter falls early . the dark train rests today . pet of ute is frog ."
+        ),
+    )
     late = [s for s in comm.store.segments() if s.start > 30]
-    assert late and not any(s.exact for s in late)
+    assert late
+    assert not any(s.exact for s in late)
 
 
 def poison(comm: KVComm) -> None:
@@ -219,7 +239,8 @@ def test_nan_in_stored_kv(comm: KVComm, model: PreTrainedModel) -> None:
     poison(comm)
     out = answer(comm, messages("analyst"))
     assert out.token_ids == plain(model, comm.encode(messages("analyst")))
-    assert out.report.fallback and "NaN" in out.report.fallback
+    assert out.report.fallback
+    assert "NaN" in out.report.fallback
     assert comm.counters.value("faults", "poisoned") == 1
     assert answer(comm, messages("analyst")).report.reused_tokens > 0, "what was poisoned is gone, what is new is used"
 
@@ -256,7 +277,8 @@ def test_fault_in_planning(comm: KVComm, model: PreTrainedModel, monkeypatch: py
     monkeypatch.setattr(comm.index, "find", lambda *a, **k: 1 / 0)
     out = answer(comm, messages("clerk"))
     assert out.token_ids == plain(model, comm.encode(messages("clerk")))
-    assert comm.counters.value("faults", "plan") == 1 and out.report.fallback
+    assert comm.counters.value("faults", "plan") == 1
+    assert out.report.fallback
 
 
 @pytest.mark.parametrize("limit", [0, 40_000])
@@ -288,7 +310,8 @@ def test_mode_off(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     comm = KVComm.from_model(model, tokenizer, config=Config(mode="off"))
     for _ in range(2):
         out = answer(comm, messages("clerk"))
-        assert out.report.fallback == "mode-off" and out.ttft_ms > 0
+        assert out.report.fallback == "mode-off"
+        assert out.ttft_ms > 0
         assert out.token_ids == plain(model, comm.encode(messages("clerk")))
     assert not comm.store.segments()
 
@@ -340,7 +363,7 @@ def test_attach_knows_who_asks(comm: KVComm, model: PreTrainedModel) -> None:
 def test_refused_calls_are_left_alone(comm: KVComm, model: PreTrainedModel) -> None:
     ids = torch.tensor([comm.encode(messages("clerk"))] * 2)
     with comm.attach(model):
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        out = generate(model, ids, max_new_tokens=4, do_sample=False)
     assert out[0].tolist() == out[1].tolist()
     assert "batch of 2" in (comm.reports[-1].fallback or "")
     assert not comm.store.segments()
@@ -350,10 +373,10 @@ def test_returned_cache_stays_the_callers(comm: KVComm, model: PreTrainedModel) 
     """A cache handed out with the answer is not written to by later requests."""
     ids = torch.tensor([comm.encode(messages("clerk"))])
     with comm.attach(model):
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        out = generate(model, ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
         before = out.past_key_values.layers[0].keys.clone()
         answer_ids = torch.tensor([comm.encode(messages("analyst"))])
-        model.generate(answer_ids, attention_mask=torch.ones_like(answer_ids), max_new_tokens=4, do_sample=False)
+        generate(model, answer_ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(out.past_key_values.layers[0].keys, before)
 
 
@@ -361,7 +384,8 @@ def test_streaming(comm: KVComm) -> None:
     whole = answer(comm, messages("clerk"))
     stream = comm.stream(messages("clerk"), max_new_tokens=12, do_sample=False)
     pieces = list(stream)
-    assert len(pieces) > 1 and "".join(pieces).strip() == whole.text == stream.output.text
+    assert len(pieces) > 1
+    assert "".join(pieces).strip() == whole.text == stream.output.text
     assert stream.output.report.reused_tokens > 0
 
 
@@ -391,8 +415,8 @@ def test_requests_from_several_threads(comm: KVComm, model: PreTrainedModel) -> 
 
 
 @pytest.fixture
-def other_weights() -> Iterator[PreTrainedModel]:
-    yield tiny_random("llama", vocab_size=768, max_position_embeddings=600, initializer_range=0.2)
+def other_weights() -> PreTrainedModel:
+    return tiny_random("llama", vocab_size=768, max_position_embeddings=600, initializer_range=0.2)
 
 
 def test_kv_never_crosses_models(comm: KVComm, other_weights: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -406,6 +430,13 @@ def test_kv_never_crosses_models(comm: KVComm, other_weights: PreTrainedModel, t
 
 def test_a_segment_is_its_content_and_context() -> None:
     ids, other = np.arange(20, dtype=np.int32), np.arange(20, dtype=np.int32)[::-1].copy()
-    keys = {Segment(ids, ids[:n], fp, tenant, exact=e).key for n in (0, 5) for fp in "ab" for tenant in ("", "t") for e in (True, False)}
-    assert len(keys) == 16 and Segment(other, ids[:0], "a").key not in keys
+    keys = {
+        Segment(ids, ids[:n], fp, tenant, exact=e).key
+        for n in (0, 5)
+        for fp in "ab"
+        for tenant in ("", "t")
+        for e in (True, False)
+    }
+    assert len(keys) == 16
+    assert Segment(other, ids[:0], "a").key not in keys
     assert Segment(ids, ids[:5], "a", producer="x").key == Segment(ids, ids[:5], "a", producer="y").key

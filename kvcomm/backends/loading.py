@@ -35,7 +35,9 @@ def load(model_id: str, *, dtype: str | torch.dtype = "auto", **options: Any) ->
     except Exception as error:
         if isinstance(error, UnsupportedModel):
             raise
-        raise InputError(f"the checkpoint in {model_id!r} cannot be read: {_first_line(error)}; copy its files again") from error
+        raise InputError(
+            f"the checkpoint in {model_id!r} cannot be read: {_first_line(error)}; copy its files again"
+        ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_id)
     except (OSError, ValueError, KeyError):

@@ -10,8 +10,8 @@ Four arms on the same prompts in one run, their order changing from repetition t
     exact_hit     the limit: the KV of all tokens but the last is already in place
 
 All arms use the same model, attention and preallocated cache. An agent's output is given; its KV is what decoding it in its
-producer's context would have left (one dense forward over prompt and output). Prefixes differ by one token in length, so that no
-segment lies at its old place.
+producer's context would have left (one dense forward over prompt and output). Prefixes differ by one token in length, so that
+no segment lies at its old place.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from kvcomm.backends.base import Backend
 from kvcomm.backends.hf import HFBackend
 from kvcomm.backends.loading import load
 from kvcomm.backends.span_cache import SpanCache
@@ -48,7 +49,10 @@ VOCABULARY = 32000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `kvcomm bench ttft`."""
     parser.add_argument(
-        "--model", default="random:1024x16x16x8", metavar="ID", help="Hugging Face id or folder, or random:<hidden>x<layers>x<heads>x<kv_heads>"
+        "--model",
+        default="random:1024x16x16x8",
+        metavar="ID",
+        help="Hugging Face id or folder, or random:<hidden>x<layers>x<heads>x<kv_heads>",
     )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--agents", type=int, default=5)
@@ -56,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=int, default=1024, help="tokens of the shared input")
     parser.conflict_handler = "resolve"  # the paper's parameter has the name of the shared flag: a number is meant as tokens
     parser.add_argument(
-        "--output", action="append", default=[], metavar="N|DIR", help="tokens of an agent's output (default: 512), or the results' folder; may be repeated"
+        "--output",
+        action="append",
+        default=[],
+        metavar="N|DIR",
+        help="tokens of an agent's output (default: 512), or the results' folder; may be repeated",
     )
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's choice)")
@@ -78,16 +86,21 @@ def random_model(spec: str, dtype: torch.dtype) -> HFBackend:
 
     found = re.fullmatch(r"random:(\d+)x(\d+)x(\d+)x(\d+)", spec)
     if not found:
-        raise InputError(f"--model is {spec!r}; a random model is random:<hidden>x<layers>x<heads>x<kv_heads>, for example random:1024x16x16x8")
+        raise InputError(
+            f"--model is {spec!r}; a random model is random:<hidden>x<layers>x<heads>x<kv_heads>, "
+            "for example random:1024x16x16x8"
+        )
     hidden, layers, heads, kv_heads = map(int, found.groups())
     if not hidden or not layers or not heads or not kv_heads or hidden % heads or heads % kv_heads or (hidden // heads) % 2:
         raise InputError(f"{spec}: heads must divide hidden into even parts and kv_heads must divide heads")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, max_position_embeddings=1 << 17, dtype=dtype, eos_token_id=None, bos_token_id=None, pad_token_id=None,
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=1 << 17, dtype=dtype,
+        eos_token_id=None, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    return HFBackend(LlamaForCausalLM(config).to(dtype).eval())
+    model: Any = LlamaForCausalLM(config)  # transformers' annotation of `to` lost its first parameter
+    return HFBackend(model.to(dtype).eval())
 
 
 def prompts(args: argparse.Namespace, answer_tokens: int, vocabulary: int) -> list[Prompt]:
@@ -108,7 +121,7 @@ def prompts(args: argparse.Namespace, answer_tokens: int, vocabulary: int) -> li
 
 
 class Known:
-    """The KV that earlier calls left, kept outside of any engine: every repetition starts with just this, whatever it learns."""
+    """The KV that earlier calls left, kept outside any engine: every repetition starts with just this, whatever it learns."""
 
     def __init__(self, backend: HFBackend) -> None:
         self.backend = backend
@@ -131,7 +144,10 @@ class Known:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the benchmark and returns its JSON document."""
     answer_tokens = next((int(x) for x in args.output if x.isdigit()), 512)
-    for name, value in (("output", answer_tokens), *((n, getattr(args, n)) for n in ("agents", "prefix", "input", "repetitions"))):
+    for name, value in (
+        ("output", answer_tokens),
+        *((n, getattr(args, n)) for n in ("agents", "prefix", "input", "repetitions")),
+    ):
         if value < 1:
             raise InputError(f"--{name} is {value}; it must be at least 1")
     if args.threads:
@@ -143,7 +159,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     team = prompts(args, answer_tokens, int(backend.model.config.get_text_config().vocab_size))
     limit = backend.context_limit
     if limit is not None and len(team[-1].ids) + 1 > limit:
-        raise InputError(f"agent {args.agents} reads {len(team[-1].ids)} tokens, the model's context is {limit}; use smaller sizes")
+        raise InputError(
+            f"agent {args.agents} reads {len(team[-1].ids)} tokens, the model's context is {limit}; use smaller sizes"
+        )
     known, agents = Known(backend), []
     with tqdm(total=args.agents * args.repetitions * len(ARMS), disable=args.quiet, leave=False) as bar:
         for i, prompt in enumerate(team):
@@ -203,13 +221,20 @@ def _agent(known: Known, i: int, prompt: Prompt, args: argparse.Namespace, tick:
         "tokens_by_rung": reports[-1].tokens_by_rung,
         **{f"{arm}_ms": median(values) for arm, values in times.items()},
         "all_ms": times,
-        "shared_split_ms": {k: median(getattr(r, f"{k}_ms") for r in reports[1:]) for k in ("match", "plan", "assemble", "forward")},
+        "shared_split_ms": {
+            k: median(getattr(r, f"{k}_ms") for r in reports[1:]) for k in ("match", "plan", "assemble", "forward")
+        },
     }
+
+
+def _one_token(backend: Backend, ids: torch.Tensor, **options: Any) -> None:
+    model: Any = backend.model  # transformers leaves `generate` loosely typed
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, **options)
 
 
 def _shared(comm: KVComm, ids: torch.Tensor) -> ReuseReport:
     with comm.attach():
-        comm.backend.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+        _one_token(comm.backend, ids)
     return comm.reports[-1]
 
 
@@ -219,7 +244,7 @@ def _first_token(backend: HFBackend, ids: torch.Tensor, cache: Any) -> float:
     began = perf_counter()
     with backend.hooked(lambda _: first.append(perf_counter())):
         options = {} if cache is None else {"past_key_values": cache}
-        backend.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, **options)
+        _one_token(backend, ids, **options)
     return (first[0] - began) * 1e3
 
 
@@ -239,18 +264,22 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "json":
         print(dumps(doc))
     else:
-        print(f"{doc['model']}, {doc['dtype']}, {doc['threads']} threads; median of {doc['repetitions']}, milliseconds to first token")
+        print(
+            f"{doc['model']}, {doc['dtype']}, {doc['threads']} threads; "
+            f"median of {doc['repetitions']}, milliseconds to first token"
+        )
         print(f"{'agent':>6} {'tokens':>7} {'reused':>7} {'dense':>10} {'prefix':>10} {'shared':>10} {'exact hit':>10}")
         for a in doc["agents"]:
             print(
-                f"{a['agent']:>6} {a['prompt_tokens']:>7} {a['reused_tokens']:>7} {a['dense_ms']:>10.1f} {a['prefix_cache_ms']:>10.1f} "
-                f"{a['shared_ms']:>10.1f} {a['exact_hit_ms']:>10.1f}"
+                f"{a['agent']:>6} {a['prompt_tokens']:>7} {a['reused_tokens']:>7} {a['dense_ms']:>10.1f} "
+                f"{a['prefix_cache_ms']:>10.1f} {a['shared_ms']:>10.1f} {a['exact_hit_ms']:>10.1f}"
             )
         if doc["later_agents"]:
             r = doc["later_agents"]
             print(
-                f"agents 2 and later, the worst of them: dense / shared {r['dense_over_shared_min']:.1f}, prefix cache / shared "
-                f"{r['prefix_cache_over_shared_min']:.1f}, shared / exact hit {r['shared_over_exact_hit_max']:.2f}"
+                f"agents 2 and later, the worst of them: dense / shared {r['dense_over_shared_min']:.1f}, "
+                f"prefix cache / shared {r['prefix_cache_over_shared_min']:.1f}, "
+                f"shared / exact hit {r['shared_over_exact_hit_max']:.2f}"
             )
     for folder in (Path(x) for x in args.output if not x.isdigit()):
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from kvcomm.agents.team import Team
 from kvcomm.backends.loading import load
-from kvcomm.demo.page import page, terminal
 from kvcomm.demo import runner
+from kvcomm.demo.page import page, terminal
 from kvcomm.demo.runner import ARMS
 from kvcomm.demo.summary import summarise
 from kvcomm.demo.workloads import ROLES, SPARE, Task, default_team, make_task
@@ -26,7 +26,9 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `kvcomm demo`."""
-    parser.add_argument("--model", default=str(FOLDER), metavar="ID", help="Hugging Face id or folder (default: the embedded model)")
+    parser.add_argument(
+        "--model", default=str(FOLDER), metavar="ID", help="Hugging Face id or folder (default: the embedded model)"
+    )
     parser.add_argument("--team", type=Path, metavar="FILE", help="a team as YAML instead of the built-in ones")
     parser.add_argument("--requests", type=int, default=24, metavar="N", help="team requests in all (default: 24)")
     parser.add_argument("--agents", type=int, default=5, metavar="N", help="agents of the built-in teams (default: 5)")
@@ -38,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the demo and returns its JSON document. Raises InputError for flags that cannot be used."""
     most = len(ROLES["math"]) + len(SPARE)
-    for name, value, low, high in (("requests", args.requests, 1, None), ("agents", args.agents, 2, most), ("documents", args.documents, 2, 26)):
+    for name, value, low, high in (
+        ("requests", args.requests, 1, None),
+        ("agents", args.agents, 2, most),
+        ("documents", args.documents, 2, 26),
+    ):
         if value < low or (high is not None and value > high):
             raise InputError(f"--{name} is {value}; it must be at least {low}" + (f" and at most {high}" if high else ""))
     team = Team.from_yaml(args.team) if args.team else None
@@ -49,7 +55,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     names = list(ROLES)
     teams = {name: team or default_team(name, args.agents) for name in names}
     rng = random.Random(args.seed)
-    tasks = [make_task(rng, names[i % len(names)], teams[names[i % len(names)]].agents, args.documents) for i in range(args.requests)]
+    tasks = [
+        make_task(rng, names[i % len(names)], teams[names[i % len(names)]].agents, args.documents) for i in range(args.requests)
+    ]
     generators = runner.arms(backend)
     _warm_up(generators, teams, make_task(random.Random(~args.seed), names[0], teams[names[0]].agents, 2))
     with tqdm(total=len(tasks) * len(ARMS), desc="requests x arms", disable=args.quiet, leave=False) as bar:

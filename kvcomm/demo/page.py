@@ -10,7 +10,19 @@ from jinja2 import Environment, StrictUndefined
 
 __all__ = ["gain", "page", "terminal"]
 
-COLUMNS = ("agent", "prompt", "exact", "boundary", "computed", "dense ms", "prefix ms", "shared ms", "equal", "right dense", "right shared")
+COLUMNS = (
+    "agent",
+    "prompt",
+    "exact",
+    "boundary",
+    "computed",
+    "dense ms",
+    "prefix ms",
+    "shared ms",
+    "equal",
+    "right dense",
+    "right shared",
+)
 
 
 def terminal(doc: dict[str, Any]) -> str:
@@ -18,7 +30,10 @@ def terminal(doc: dict[str, Any]) -> str:
     lines = []
     for name, w in doc["workloads"].items():
         rows = [_row(a) for a in w["agents"]]
-        lines += [f"\n{name}: {w['requests']} requests, {len(rows)} agents, tokens and milliseconds per call", *_table(COLUMNS, rows)]
+        lines += [
+            f"\n{name}: {w['requests']} requests, {len(rows)} agents, tokens and milliseconds per call",
+            *_table(COLUMNS, rows),
+        ]
         classes = [
             (b, str(c["questions"]), *(_percent(c[f"accuracy_{arm}"]) for arm in ("dense", "shared", "rotate")))
             for b, c in w["bindings"].items()
@@ -31,10 +46,13 @@ def gain(doc: dict[str, Any]) -> str:
     """The one line that says what sharing was worth."""
     a = doc["all"]
     return (
-        f"agents 2 and later: {_percent(a['token_reuse_rate'])} of prompt tokens reused; time to first token {_ms(a['ttft_dense_ms'])} ms dense, "
+        f"agents 2 and later: {_percent(a['token_reuse_rate'])} of prompt tokens reused; "
+        f"time to first token {_ms(a['ttft_dense_ms'])} ms dense, "
         f"{_ms(a['ttft_prefix_cache_ms'])} ms with an exact prefix cache, {_ms(a['ttft_shared_ms'])} ms shared: "
-        f"{_ms(a['ttft_dense_ms'] - a['ttft_shared_ms'])} ms saved per call; {_percent(a['answers_equal_to_dense'])} of answers equal to dense, "
-        f"accuracy {_percent(a['accuracy_dense'])} dense, {_percent(a['accuracy_shared'])} shared, {_percent(a['accuracy_rotate'])} with rotation alone"
+        f"{_ms(a['ttft_dense_ms'] - a['ttft_shared_ms'])} ms saved per call; "
+        f"{_percent(a['answers_equal_to_dense'])} of answers equal to dense, "
+        f"accuracy {_percent(a['accuracy_dense'])} dense, {_percent(a['accuracy_shared'])} shared, "
+        f"{_percent(a['accuracy_rotate'])} with rotation alone"
     )
 
 
@@ -65,7 +83,10 @@ def _row(a: dict[str, Any]) -> tuple[str, ...]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in (head, *rows)]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in (head, *rows)
+    ]
     return [f"  {line}" for line in (lines[0], "-" * len(lines[0]), *lines[1:])]
 
 

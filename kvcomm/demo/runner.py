@@ -1,7 +1,7 @@
 """Runs the same requests through every arm and records each call.
 
-An arm is one engine with its own store on the one model: `dense` reuses nothing, `prefix_cache` exact prefixes only, `shared` is
-kvcomm, `rotate` moves keys without repairing anything. The order of the arms changes from request to request.
+An arm is one engine with its own store on the one model: `dense` reuses nothing, `prefix_cache` exact prefixes only, `shared`
+is kvcomm, `rotate` moves keys without repairing anything. The order of the arms changes from request to request.
 """
 
 from __future__ import annotations
@@ -45,8 +45,12 @@ class Arm:
     def __init__(self, comm: KVComm, rule: Rule | None = None) -> None:
         self.comm, self.rule = comm, rule
 
-    def generate(self, messages: Sequence[Mapping[str, str]], *, agent: str, rule: Rule, max_new_tokens: int, **options: Any) -> Output:
-        return self.comm.generate(messages, agent=agent, rule=self.rule or rule, max_new_tokens=max_new_tokens, do_sample=False, **options)
+    def generate(
+        self, messages: Sequence[Mapping[str, str]], *, agent: str, rule: Rule, max_new_tokens: int, **options: Any
+    ) -> Output:
+        return self.comm.generate(
+            messages, agent=agent, rule=self.rule or rule, max_new_tokens=max_new_tokens, do_sample=False, **options
+        )
 
 
 def arms(backend: Backend) -> dict[str, Arm]:
@@ -60,7 +64,12 @@ def arms(backend: Backend) -> dict[str, Arm]:
 
 
 def run(
-    generators: Mapping[str, Arm], teams: Mapping[str, Team], requests: Sequence[Task], *, seed: int, tick: Callable[[], object] = lambda: None
+    generators: Mapping[str, Arm],
+    teams: Mapping[str, Team],
+    requests: Sequence[Task],
+    *,
+    seed: int,
+    tick: Callable[[], object] = lambda: None,
 ) -> list[Call]:
     """Every request through every arm, `tick` called after each. Answers flow: an agent reads what the others really said."""
     rng = random.Random(seed)

@@ -44,7 +44,9 @@ def _workload(calls: Sequence[Call]) -> dict[str, Any]:
         **{f"accuracy_{arm}": accuracy(by_arm[arm]) for arm in ARMS},
         "answers_equal_to_dense": _equal(by_arm["dense"], by_arm["shared"]),
         "token_reuse_rate": _token_reuse(shared),
-        "call_reuse_rate": sum(any(s.rung != "exact" for s in c.report.spans) for c in shared) / len(shared) if shared else None,
+        "call_reuse_rate": sum(any(s.rung != "exact" for s in c.report.spans) for c in shared) / len(shared)
+        if shared
+        else None,
         **{f"ttft_{arm}_ms": ttft_ms(later[arm]) for arm in ARMS},
         "bindings": {
             b: {
@@ -70,7 +72,10 @@ def _agent(position: int, agent: str, by_arm: dict[str, list[Call]]) -> dict[str
         **{f"ttft_{arm}_ms": ttft_ms(mine[arm]) for arm in ARMS},
         "answers_equal_to_dense": _equal(mine["dense"], shared),
         **{f"accuracy_{arm}": accuracy(mine[arm]) for arm in ARMS},
-        "bindings": {b: {f"accuracy_{arm}": accuracy(mine[arm], b) for arm in ARMS} for b in sorted({b for c in shared for b in c.bindings})},
+        "bindings": {
+            b: {f"accuracy_{arm}": accuracy(mine[arm], b) for arm in ARMS}
+            for b in sorted({b for c in shared for b in c.bindings})
+        },
     }
 
 

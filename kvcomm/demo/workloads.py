@@ -60,7 +60,9 @@ def default_team(workload: str, agents: int) -> Team:
     )
 
 
-def make_task(rng: random.Random, workload: str, agents: Sequence[Agent], documents: int, fillers: tuple[int, int] = (0, 3)) -> Task:
+def make_task(
+    rng: random.Random, workload: str, agents: Sequence[Agent], documents: int, fillers: tuple[int, int] = (0, 3)
+) -> Task:
     """A fresh world and three questions for every agent, their bindings taking turns.
 
     Fields: `documents` and `questions` (of the first agent), `documents_<i>` and `questions_<i>` of the i-th one.
@@ -73,7 +75,9 @@ def make_task(rng: random.Random, workload: str, agents: Sequence[Agent], docume
         style = style_of(agent.role)
         asked = [tasks.ask(rng, world, style, binding=CLASSES[turn % len(CLASSES)])]
         asked.append(
-            tasks.recall(rng, world, style) if world.memos else tasks.ask(rng, world, style, binding=CLASSES[(turn + 2) % len(CLASSES)])
+            tasks.recall(rng, world, style)
+            if world.memos
+            else tasks.ask(rng, world, style, binding=CLASSES[(turn + 2) % len(CLASSES)])
         )
         asked.append(tasks.ask(rng, world, style, step=tasks.next_step(world), binding=CLASSES[(turn + 1) % len(CLASSES)]))
         turn += 2 + (i % 2)

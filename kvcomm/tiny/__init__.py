@@ -1,4 +1,4 @@
-"""The embedded model: a small trained Llama whose answers depend on context across segments, and the tasks it was trained on."""
+"""The embedded model: a small trained Llama whose answers depend on context across segments, and its training tasks."""
 
 from pathlib import Path
 

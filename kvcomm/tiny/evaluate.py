@@ -94,8 +94,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     backend = load(args.model, dtype="float32")
     scores, length = held_out(backend, args.requests, args.documents, args.seed, methods=not args.quick)
-    methods = [m for m in ("dense", *(f"{base} {rung}" for base in ("producer", "isolated") for rung in RUNGS)) if not args.quick or m == "dense"]
-    print(f"{args.requests} requests, {args.documents} documents, prompts of {length:.0f} tokens on average; right answers (questions)\n")
+    methods = [
+        m
+        for m in ("dense", *(f"{base} {rung}" for base in ("producer", "isolated") for rung in RUNGS))
+        if not args.quick or m == "dense"
+    ]
+    print(
+        f"{args.requests} requests, {args.documents} documents, prompts of {length:.0f} tokens on average; "
+        "right answers (questions)\n"
+    )
     classes = [*CLASSES, "output"]
     rows = [[w, b or "all", *(rate(scores, m, w, b) for m in methods)] for w in DOMAINS for b in (*classes, "")]
     rows += [["all", b or "all", *(rate(scores, m, "", b) for m in methods)] for b in (*classes, "")]

@@ -8,7 +8,7 @@ A *world* is a set of facts spread over documents. Facts are bound in four ways,
     two-hop   "city of boss of bob ?"                                         one fact leads to the other
 
 An agent gets a role (with the style its answers must have), documents, what other agents said, and questions. Some questions
-define a memo ("note b : city of bob ?") and some build on a memo of an earlier agent ("note b ?", "total c : total b plus ...").
+define a memo ("note b : city of bob ?"), some build on a memo of an earlier agent ("note b ?", "total c : total b plus ...").
 """
 
 from __future__ import annotations
@@ -20,7 +20,20 @@ from typing import Literal
 
 from kvcomm.tiny.words import ADJECTIVES, ADVERBS, NOUNS, STEPS, VERBS, Domain
 
-__all__ = ["BINDINGS", "CLOSING", "Binding", "Item", "World", "ask", "make_world", "recall", "role_text", "say", "score", "user_text"]
+__all__ = [
+    "BINDINGS",
+    "CLOSING",
+    "Binding",
+    "Item",
+    "World",
+    "ask",
+    "make_world",
+    "recall",
+    "role_text",
+    "say",
+    "score",
+    "user_text",
+]
 
 Binding = Literal["self", "header", "other", "two-hop", "output"]
 BINDINGS: tuple[Binding, ...] = ("self", "header", "other", "two-hop", "output")
@@ -85,7 +98,8 @@ def make_world(
     names = rng.sample(domain.owners, min(len(domain.owners), n_docs + 6))
     owners, extras = names[:n_docs], names[n_docs:]
     attributes = [*domain.values, domain.link]
-    common = rng.sample(attributes, rng.randint(*facts)) if rng.random() < 0.5 else None  # then only the owner tells facts apart
+    # attributes that all documents have in common: then only the owner tells facts apart
+    common = rng.sample(attributes, rng.randint(*facts)) if rng.random() < 0.5 else None
     anonymous = [i > 0 and rng.random() < other for i in range(n_docs)]
     for i, owner in enumerate(owners):
         sentences = []
@@ -121,8 +135,8 @@ def styled(value: str, style: str) -> str:
 
 
 def lookups(world: World, *, fresh: bool = False) -> dict[Binding, list[tuple[str, str]]]:
-    """What can be asked, by binding: (owner, attribute), for two-hop the owner whose link is followed. With `fresh` only what no
-    answer has stated yet.
+    """What can be asked, by binding: (owner, attribute), for two-hop the owner whose link is followed. With `fresh` only what
+    no answer has stated yet.
     """
     link, known = world.domain.link, world.asked if fresh else set()
     out: dict[Binding, list[tuple[str, str]]] = {}
@@ -156,13 +170,18 @@ def ask(
     direct = [b for b in found if b != "two-hop"]
     if binding is None or not found.get(binding):
         wanted = "two-hop" in found and rng.random() < two_hop
-        binding = "two-hop" if wanted and found["two-hop"] else rng.choice(direct)
+        drawn: Binding = "two-hop" if wanted and found["two-hop"] else rng.choice(direct)
+        binding = drawn
     owner, attribute = rng.choice(found[binding])
     world.asked.add((owner, attribute))
     if binding == "two-hop":
         link, hop = world.domain.link, world.facts[owner, world.domain.link]
         world.asked |= {(owner, link), (hop, attribute)}
-        asked, path, value = f"{attribute} of {link} of {owner}", f"{link} of {owner} is {hop} and ", world.facts[hop, attribute]
+        asked, path, value = (
+            f"{attribute} of {link} of {owner}",
+            f"{link} of {owner} is {hop} and ",
+            world.facts[hop, attribute],
+        )
         stated = f"{path}{attribute} of {hop} is"
     else:
         asked, value = f"{attribute} of {owner}", world.facts[owner, attribute]
@@ -220,5 +239,3 @@ def score(items: Sequence[Item], answer: str) -> list[bool]:
     """Which items `answer` gets right: its i-th sentence must be the right one, word for word."""
     sentences = [s.strip() for s in answer.split(" .")]
     return [i < len(sentences) and f"{sentences[i]} ." == item.answer for i, item in enumerate(items)]
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 
 import pytest
 
@@ -41,7 +42,8 @@ def test_documents_say_what_the_world_holds(name: str) -> None:
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("name", DOMAINS)
 def test_answers_follow_from_the_documents(name: str, style: str) -> None:
-    form = {"plain": str, "loud": str.upper, "quoted": '" {} "'.format}[style]
+    forms: dict[str, Callable[[str], str]] = {"plain": str, "loud": str.upper}
+    form = forms[style]
     for seed in SEEDS:
         rng = random.Random(seed)
         world = tasks.make_world(rng, DOMAINS[name], 6)
@@ -49,13 +51,19 @@ def test_answers_follow_from_the_documents(name: str, style: str) -> None:
         for binding in tasks.BINDINGS[:4]:
             item = tasks.ask(rng, world, style, binding=binding)
             if item.binding == "two-hop":
-                attribute, owner = re.fullmatch(rf"(\S+) of {link} of (\S+) \?", item.question).groups()  # type: ignore[union-attr]
+                attribute, owner = re.fullmatch(rf"(\S+) of {link} of (\S+) \?", item.question).groups()  # type: ignore[union-attr]  # no match fails
                 hop = facts[owner, link]
                 assert item.answer == f"{link} of {owner} is {hop} and {attribute} of {hop} is {form(facts[hop, attribute])} ."
             else:
-                attribute, owner = re.fullmatch(r"(\S+) of (\S+) \?", item.question).groups()  # type: ignore[union-attr]
+                attribute, owner = re.fullmatch(r"(\S+) of (\S+) \?", item.question).groups()  # type: ignore[union-attr]  # no match fails
                 value = facts[owner, attribute]
                 assert item.answer == f"{attribute} of {owner} is {value if attribute == link else form(value)} ."
+
+
+def number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None
+    return int(found[1])
 
 
 def test_totals_add_up() -> None:
@@ -65,10 +73,11 @@ def test_totals_add_up() -> None:
         totals: list[int] = []
         while step := tasks.next_step(world):
             item = tasks.ask(rng, world, "plain", step=step)
-            value, total = int(re.search(r"is (\d+) (?:so|and total)", item.answer)[1]), int(re.search(r"is (\d+) \.$", item.answer)[1])  # type: ignore[index]
+            value, total = number(r"is (\d+) (?:so|and total)", item.answer), number(r"is (\d+) \.$", item.answer)
             if totals:
                 sign = 1 if " plus " in item.question else -1
-                assert total == totals[-1] + sign * value and 0 <= total <= 20
+                assert total == totals[-1] + sign * value
+                assert 0 <= total <= 20
             else:
                 assert total == value
             totals.append(total)
@@ -83,7 +92,10 @@ def test_every_binding_occurs_in_every_workload() -> None:
 
 
 def test_score() -> None:
-    items = [tasks.Item("city of bob ?", "city of bob is oslo .", "header"), tasks.Item("pet of bob ?", "pet of bob is dog .", "header")]
+    items = [
+        tasks.Item("city of bob ?", "city of bob is oslo .", "header"),
+        tasks.Item("pet of bob ?", "pet of bob is dog .", "header"),
+    ]
     assert tasks.score(items, "city of bob is oslo . pet of bob is dog .") == [True, True]
     assert tasks.score(items, "city of bob is rome . pet of bob is dog .") == [False, True]
     assert tasks.score(items, "city of bob is oslo . pet of bob is") == [True, False]

@@ -7,14 +7,14 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kvcomm.tiny import FOLDER, tokenizer, train
 from kvcomm.tiny.words import all_words
 
 
 @pytest.fixture(scope="module")
-def built() -> PreTrainedTokenizerBase:
+def built() -> PreTrainedTokenizerFast:
     return tokenizer.build()
 
 
@@ -26,19 +26,19 @@ def test_any_text_survives(text: str) -> None:
     assert shipped.decode(shipped(text).input_ids) == text
 
 
-def test_every_word_is_one_token(built: PreTrainedTokenizerBase) -> None:
+def test_every_word_is_one_token(built: PreTrainedTokenizerFast) -> None:
     for word in all_words():
         assert len(built(f" {word}").input_ids) == 1, word
 
 
-def test_the_shipped_tokenizer_is_the_built_one(built: PreTrainedTokenizerBase) -> None:
+def test_the_shipped_tokenizer_is_the_built_one(built: PreTrainedTokenizerFast) -> None:
     shipped = AutoTokenizer.from_pretrained(FOLDER)
     assert shipped.get_vocab() == built.get_vocab()
     assert shipped.chat_template == built.chat_template
     assert shipped.eos_token == "<|end|>"
 
 
-def test_training_saw_what_the_chat_template_gives(built: PreTrainedTokenizerBase) -> None:
+def test_training_saw_what_the_chat_template_gives(built: PreTrainedTokenizerFast) -> None:
     """The training encoder (split by spaces) against the tokenizer on the same conversation."""
     encode = train.Encoder(built)
     for seed in range(20):

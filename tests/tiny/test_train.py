@@ -19,8 +19,10 @@ def test_batches_are_reproducible(stage: train.Stage) -> None:
     ids, weights = train.batch(3, 7, stage, encode, 0)
     again, _ = train.batch(3, 7, stage, encode, 0)
     other, _ = train.batch(3, 8, stage, encode, 0)
-    assert torch.equal(ids, again) and not torch.equal(ids, other)
-    assert ids.shape == weights.shape and ids.shape[1] == stage.length + 1
+    assert torch.equal(ids, again)
+    assert not torch.equal(ids, other)
+    assert ids.shape == weights.shape
+    assert ids.shape[1] == stage.length + 1
     assert (weights >= 1).any()
 
 

@@ -25,10 +25,6 @@ FUNCTIONS = (
     "parse load save merge sort find split join read write open close scan print push pop map trim pack send copy move wrap "
     "lock hash sum fold zip seek flush"
 ).split()
-MODULES = (
-    "parser loader buffer cache queue stack tree graph table timer pool router socket kernel driver shell linker tracer logger "
-    "mapper reader viewer finder solver scheduler monitor broker relay sensor filter mixer vault"
-).split()
 TYPES = "int str list dict bool float tuple bytes set none path date".split()
 ERRORS = "timeout overflow missing denied broken stale refused empty full unknown expired corrupt".split()
 VARIABLES = "x y z n m k".split()
@@ -92,7 +88,7 @@ LINES = tuple(f"{f} ( {VARIABLES[i % len(VARIABLES)]} )" for i, f in enumerate(F
 CODE = Domain(
     "code",
     "spec",
-    tuple(MODULES),
+    tuple(PEOPLE),  # modules are named after people
     {"takes": tuple(TYPES), "returns": tuple(TYPES), "raises": tuple(ERRORS), "head": LINES, "tail": LINES},
     "calls",
     "patch",
@@ -103,7 +99,7 @@ DOMAINS = {d.name: d for d in (RETRIEVAL, MATH, CODE)}
 def all_words() -> list[str]:
     """Every word of the language, each once, in a fixed order."""
     values = [v for d in DOMAINS.values() for vs in d.values.values() for v in vs]
-    lower = [*GLUE, *ROLES, *STYLES, *PEOPLE, *MODULES, *FUNCTIONS, *NUMBERS, *STEPS, *ADJECTIVES, *NOUNS, *VERBS, *ADVERBS]
+    lower = [*GLUE, *ROLES, *STYLES, *PEOPLE, *FUNCTIONS, *NUMBERS, *STEPS, *ADJECTIVES, *NOUNS, *VERBS, *ADVERBS]
     lower += [word for d in DOMAINS.values() for word in (d.document, d.link, d.memo, *d.values)]
     lower += [word for v in values for word in v.split()]
     upper = [word.upper() for v in values for word in v.split()]

@@ -63,12 +63,13 @@ CURRICULUM = (
     Stage(31.0, 2048, fillers=(3, 9), said=4),
     Stage(32.5, 1024, fillers=(0, 3), said=4),
     Stage(47.0, 256, two_hop=0.3, memos=0.15, items=(3, 6)),
-    Stage(49.0, 512, two_hop=0.3, memos=0.15, items=(3, 6), said=4),
-    Stage(50.5, 1024, fillers=(0, 3), two_hop=0.3, memos=0.15, items=(2, 6), said=4),
-    Stage(50.7, 2048, fillers=(3, 9), two_hop=0.3, memos=0.15, items=(2, 6), said=4),
-    Stage(51.5, 768, fillers=(0, 3), two_hop=0.3, memos=0.15, items=(2, 4), said=4),
+    Stage(49.2, 512, fillers=(1, 5), two_hop=0.3, memos=0.15, items=(3, 6), said=4),
+    Stage(50.4, 1024, fillers=(5, 13), two_hop=0.3, memos=0.15, items=(2, 6), said=4),
+    Stage(50.8, 2048, fillers=(12, 28), two_hop=0.3, memos=0.15, items=(2, 6), said=4),
+    Stage(52.0, 512, fillers=(0, 5), two_hop=0.3, memos=0.15, items=(2, 4), said=4),
 )
-RATES = ((25.0, 1.0), (32.5, 0.2), (32.501, 0.6), (42.5, 0.32), (51.5, 0.01))  # million tokens, share of the learning rate; linear between
+RATES = ((25.0, 1.0), (32.5, 0.2), (32.501, 0.6), (42.5, 0.32), (52.0, 0.01))
+"""(million tokens, share of the learning rate), linear between."""
 TOKENS_PER_STEP = 4096
 CHECKPOINT_STEPS = 500
 

@@ -9,7 +9,7 @@ import pytest
 
 from kvcomm.cli import main
 
-SMALL = ["bench", "ttft", "-q", "--model", "random:64x2x4x2", "--dtype", "float32", "--agents", "3", "--prefix", "40", "--input", "60"]
+SMALL = "bench ttft -q --model random:64x2x4x2 --dtype float32 --agents 3 --prefix 40 --input 60".split()
 
 
 def test_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

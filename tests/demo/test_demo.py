@@ -16,14 +16,16 @@ from kvcomm.demo.workloads import ROLES, default_team, make_task, style_of
 from kvcomm.tiny import tasks
 
 WANTED = (
-    "accuracy_dense accuracy_shared accuracy_rotate token_reuse_rate call_reuse_rate ttft_dense_ms ttft_prefix_cache_ms ttft_shared_ms"
+    "accuracy_dense accuracy_shared accuracy_rotate token_reuse_rate call_reuse_rate "
+    "ttft_dense_ms ttft_prefix_cache_ms ttft_shared_ms"
 ).split()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo")
-    assert main(["demo", "--requests", "6", "--documents", "6", "--agents", "4", "-q", "--format", "json", "--output", str(out)]) == 0
+    flags = "demo --requests 6 --documents 6 --agents 4 -q --format json --output".split()
+    assert main([*flags, str(out)]) == 0
     return out
 
 

@@ -34,10 +34,9 @@ FALLBACKS: Mapping[str, str] = MappingProxyType(
 def plan(length: int, matches: Sequence[Match], config: Config, rule: Rule = "auto") -> Plan:
     """How to serve a prompt of `length` tokens whose known runs are `matches` (disjoint, in order).
 
-    A span is exact when its match is and no moved span lies before it (what is computed behind exact text is exact). Other spans
-    are moved: under rung `boundary`
-    their first `config.boundary` tokens are computed again, and so are the last `config.closing` of the prompt. Exact spans
-    need neither. The last token is always computed, for its logits. Where a larger share of the prompt than
+    A span is exact when its match is and no moved span lies before it: what is computed behind exact text is exact. Other spans
+    are moved: under rung `boundary` their first `config.boundary` tokens are computed again, and so are the last
+    `config.closing` of the prompt. Exact spans need neither. The last token is always computed, for its logits. Where a larger share of the prompt than
     `config.max_recompute` would be computed, moved spans are given up; an exact prefix is worth it at any length.
     Raises InputError for an empty prompt.
 

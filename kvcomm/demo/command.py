@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--team", type=Path, metavar="FILE", help="a team as YAML instead of the built-in ones")
     parser.add_argument("--requests", type=int, default=24, metavar="N", help="team requests in all (default: 24)")
     parser.add_argument("--agents", type=int, default=5, metavar="N", help="agents of the built-in teams (default: 5)")
-    parser.add_argument("--documents", type=int, default=24, metavar="N", help="documents that every agent reads (default: 24)")
+    parser.add_argument("--documents", type=int, default=6, metavar="N", help="documents that every agent reads (default: 6)")
     parser.add_argument("--dtype", default="float32", help="the model's dtype (default: float32)")
     parser.add_argument("--seed", type=int, default=0)
 

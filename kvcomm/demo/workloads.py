@@ -24,6 +24,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "code": ("planner", "coder", "tester", "critic", "reviewer"),
 }
 SPARE = ("editor", "lawyer", "doctor")
+FILLERS = (2, 8)  # sentences per document that state nothing
 CLASSES: tuple[tasks.Binding, ...] = ("self", "header", "other", "two-hop")
 
 
@@ -61,7 +62,7 @@ def default_team(workload: str, agents: int) -> Team:
 
 
 def make_task(
-    rng: random.Random, workload: str, agents: Sequence[Agent], documents: int, fillers: tuple[int, int] = (0, 3)
+    rng: random.Random, workload: str, agents: Sequence[Agent], documents: int, fillers: tuple[int, int] = FILLERS
 ) -> Task:
     """A fresh world and three questions for every agent, their bindings taking turns.
 

@@ -3,6 +3,7 @@
 KVCommError
 |-- InputError          the caller's input cannot be used (also a ValueError): empty prompt, prompt over the context, bad option
 |   `-- TeamError       a team description that cannot be run: unknown agent, cycle where none may be
+|-- TurnFailed          an agent of a team could not answer; in kvcomm.agents.team, with the turns that were finished
 |-- UnsupportedModel    the model's cache cannot be moved or read correctly; refused when it is loaded
 `-- CacheFault          stored KV cannot be used (wrong fingerprint, NaN, truncated); never leaves the engine: the request is
                         answered densely and the fault is counted

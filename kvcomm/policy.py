@@ -36,8 +36,9 @@ def plan(length: int, matches: Sequence[Match], config: Config, rule: Rule = "au
 
     A span is exact when its match is and no moved span lies before it: what is computed behind exact text is exact. Other spans
     are moved: under rung `boundary` their first `config.boundary` tokens are computed again, and so are the last
-    `config.closing` of the prompt. Exact spans need neither. The last token is always computed, for its logits. Where a larger share of the prompt than
-    `config.max_recompute` would be computed, moved spans are given up; an exact prefix is worth it at any length.
+    `config.closing` of the prompt. Exact spans need neither. The last token is always computed, for its logits. Where a larger
+    share of the prompt than `config.max_recompute` would be computed, moved spans are given up; an exact prefix is worth it at
+    any length.
     Raises InputError for an empty prompt.
 
         prompt     | exact | exact | seam |   moved    | new text | moved | last

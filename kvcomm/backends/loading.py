@@ -10,7 +10,7 @@ import torch
 from kvcomm.backends.hf import HFBackend
 from kvcomm.errors import InputError, UnsupportedModel
 
-__all__ = ["load"]
+__all__ = ["dtype_named", "load"]
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
@@ -43,6 +43,14 @@ def load(model_id: str, *, dtype: str | torch.dtype = "auto", **options: Any) ->
     except (OSError, ValueError, KeyError):
         tokenizer = None  # a model can be shared by token ids alone
     return HFBackend(model.eval(), tokenizer)
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The torch dtype of a flag's value. Raises InputError for anything else."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"--dtype is {name!r}; use float32, bfloat16 or float16")
+    return dtype
 
 
 def _first_line(error: Exception) -> str:

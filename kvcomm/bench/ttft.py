@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from kvcomm.backends.base import Backend
 from kvcomm.backends.hf import HFBackend
-from kvcomm.backends.loading import load
+from kvcomm.backends.loading import dtype_named, load
 from kvcomm.backends.span_cache import SpanCache
 from kvcomm.config import Config
 from kvcomm.engine import KVComm
@@ -152,9 +152,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"--{name} is {value}; it must be at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"--dtype is {args.dtype!r}; use bfloat16, float16 or float32")
+    dtype = dtype_named(args.dtype)
     backend = random_model(args.model, dtype) if args.model.startswith("random:") else load(args.model, dtype=dtype)
     team = prompts(args, answer_tokens, int(backend.model.config.get_text_config().vocab_size))
     limit = backend.context_limit

@@ -7,11 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from kvcomm.agents.team import Team
-from kvcomm.backends.loading import load
+from kvcomm.backends.loading import dtype_named, load
 from kvcomm.demo import runner
 from kvcomm.demo.page import page, terminal
 from kvcomm.demo.runner import ARMS
@@ -48,9 +47,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if value < low or (high is not None and value > high):
             raise InputError(f"--{name} is {value}; it must be at least {low}" + (f" and at most {high}" if high else ""))
     team = Team.from_yaml(args.team) if args.team else None
-    dtype = getattr(torch, args.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"--dtype is {args.dtype!r}; use float32, bfloat16 or float16")
+    dtype = dtype_named(args.dtype)
     backend = load(args.model, dtype=dtype)
     names = list(ROLES)
     teams = {name: team or default_team(name, args.agents) for name in names}

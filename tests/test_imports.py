@@ -18,8 +18,10 @@ ROOT = Path(kvcomm.__file__).parent
 LAYERS = (
     ("_version", "errors", "segments"),
     ("config",),
-    ("answers", "fingerprint", "matching", "report", "rope"),
+    ("answers", "fingerprint", "matching", "plain", "report", "rope"),
+    ("codecs",),
     ("anchors",),
+    ("estimators",),
     ("store",),
     ("guard", "metrics", "policy"),
     ("backends",),

@@ -1,0 +1,1 @@
+"""Codecs: how base KV and deviations are kept small."""

@@ -1,0 +1,1 @@
+"""Estimators: the deviation of a text behind a new context, from anchors."""

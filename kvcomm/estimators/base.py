@@ -1,0 +1,52 @@
+"""The contract of an estimator: which deviation a text will show behind a new context, judging from anchors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from kvcomm.anchors.anchor import Anchor
+from kvcomm.plain import PlainKV
+from kvcomm.segments import Ids
+
+__all__ = ["Estimate", "Estimator", "Place"]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A run about to be reused behind a context that its base KV does not know."""
+
+    slot: str
+    ids: Ids  # [tokens]
+    base: PlainKV  # [tokens]
+    context: Tensor  # float32 [c]: features of the text in front of it, as in Anchor
+    first: int = 0  # index of the run's first token in its segment
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """An estimated deviation and how far to trust it."""
+
+    deviation: PlainKV  # [tokens]
+    doubt: Tensor  # float32 [tokens] >= 0: expected size of the error that is left, in the units of K/V; ranks tokens only
+
+
+class Estimator(Protocol):
+    """Learns from anchors as they come; never refitted from scratch. Not thread safe: its pool serialises calls."""
+
+    @property
+    def name(self) -> str: ...
+
+    def learn(self, anchor: Anchor, base: PlainKV, deviation: PlainKV) -> None:
+        """Take one anchor in; `base` and `deviation` are its own, unpacked. Off the critical path."""
+        ...
+
+    def forget(self, anchor: Anchor) -> None:
+        """Take back what `learn` took in from this anchor, as far as it is kept per anchor."""
+        ...
+
+    def estimate(self, place: Place) -> Estimate | None:
+        """The deviation at `place`, any number of tokens; None where too little is known for a safe estimate."""
+        ...

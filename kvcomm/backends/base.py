@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from kvcomm.backends.span_cache import SpanCache
-    from kvcomm.segments import SegmentKV, Span
+    from kvcomm.plain import PlainKV
+    from kvcomm.segments import Ids, SegmentKV, Span
 
 __all__ = ["Backend"]
 
@@ -87,4 +88,16 @@ class Backend(Protocol):
         """Copies K/V of tokens [start, end) out of row 0. `length`: tokens of the sequence that they were computed in. Raises
         CacheFault for tokens that are not there, or keys that do not share one set of rotary tables (decoded, dynamic rope).
         """
+        ...
+
+    def plain(self, kv: SegmentKV, start: int, end: int) -> PlainKV:
+        """Tokens [start, end) of `kv` in pre-RoPE space: keys rotated to position 0, float32."""
+        ...
+
+    def correct(self, cache: SpanCache, length: int, start: int, deviation: PlainKV) -> None:
+        """Adds a deviation to the K/V that `fill` wrote at `start` of a prompt of `length` tokens, keys rotated to their place."""
+        ...
+
+    def context(self, ids: Ids) -> Tensor:
+        """float32 [c]: features of a text in front of a span, from its last tokens alone; no forward is needed."""
         ...

@@ -11,22 +11,27 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kvcomm.backends.one_pass import OnePass
+from kvcomm.backends.pre_rope import correct, plain
 from kvcomm.backends.probe import probe
 from kvcomm.backends.refusal import refusal
 from kvcomm.backends.span_cache import BufferPool, SpanCache
 from kvcomm.errors import CacheFault
 from kvcomm.fingerprint import Watch, fingerprint
+from kvcomm.plain import PlainKV
 from kvcomm.rope import Tables
-from kvcomm.segments import SegmentKV, Span
+from kvcomm.segments import Ids, SegmentKV, Span
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["HFBackend"]
+
+CONTEXT = 8  # tokens in front of a span whose embeddings are its context features
 
 
 class HFBackend:
@@ -107,6 +112,19 @@ class HFBackend:
                 for buffers in zip(*((layer.k, layer.v) for layer in cache.layers), strict=True)
             )
         return SegmentKV(keys, values, start, length)
+
+    # -- pre-RoPE space -------------------------------------------------------------------------------------------------
+
+    def plain(self, kv: SegmentKV, start: int, end: int) -> PlainKV:
+        return plain(self.rope, kv, start, end)
+
+    def correct(self, cache: SpanCache, length: int, start: int, deviation: PlainKV) -> None:
+        correct(self.rope, cache, length, start, deviation)
+
+    def context(self, ids: Ids) -> Tensor:
+        table: Tensor = self.model.get_input_embeddings().weight.detach()
+        tail = table[torch.from_numpy(ids[-CONTEXT:].astype(np.int64)).to(table.device)].float().cpu()
+        return torch.cat([tail.new_zeros(CONTEXT - len(tail), tail.shape[1]), tail]).flatten()
 
     # -- the pass -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,50 @@
+"""K/V out of and into pre-RoPE space: what anchors compare, average and add. Knows nothing of anchors or plans."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcomm.backends.span_cache import SpanCache
+from kvcomm.plain import PlainKV
+from kvcomm.rope import Rope
+from kvcomm.segments import SegmentKV
+
+__all__ = ["correct", "plain"]
+
+
+@torch.no_grad()
+def plain(rope: Rope, kv: SegmentKV, start: int, end: int) -> PlainKV:
+    """Tokens [start, end) of `kv`, keys rotated to position 0; float32."""
+    steps = torch.arange(start, end, device=kv.keys[0].device)
+    turn = rope.turn(rope.tables(torch.zeros_like(steps), kv.length), rope.tables(kv.start + steps, kv.length))
+    keys = []
+    for layer, cached in enumerate(kv.keys):
+        still = torch.empty(cached.shape[0], end - start, cached.shape[2], device=cached.device)
+        rope.rotate(layer, cached[:, start:end], turn, still)
+        keys.append(_rows(still))
+    return PlainKV(tuple(keys), tuple(_rows(values[:, start:end].float()) for values in kv.values))
+
+
+@torch.no_grad()
+def correct(rope: Rope, cache: SpanCache, length: int, start: int, deviation: PlainKV) -> None:
+    """Adds `deviation` to the K/V of tokens [start, start + deviation.tokens) in `cache`, keys rotated to their place there."""
+    tokens = deviation.tokens
+    steps = torch.arange(tokens, device=deviation.keys[0].device)
+    turn = rope.turn(rope.tables(start + steps, length), rope.tables(torch.zeros_like(steps), length))
+    for i, (layer, keys, values) in enumerate(zip(cache.layers, deviation.keys, deviation.values, strict=True)):
+        k, v = (x[0, :, start : start + tokens] for x in (layer.k, layer.v))  # [heads, tokens, dim]
+        turned = torch.empty(k.shape, device=keys.device)
+        rope.rotate(i, _heads(keys, k.shape[0]), turn, turned)
+        k.copy_(k.float() + turned.to(k.device))
+        v.copy_(v.float() + _heads(values, v.shape[0]).to(v.device))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[heads, tokens, dim] -> [tokens, heads * dim]"""
+    return x.transpose(0, 1).flatten(1).contiguous()
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """[tokens, heads * dim] -> [heads, tokens, dim]"""
+    return x.view(x.shape[0], heads, -1).transpose(0, 1).contiguous()

@@ -95,7 +95,7 @@ class Backend(Protocol):
         ...
 
     def correct(self, cache: SpanCache, length: int, start: int, deviation: PlainKV) -> None:
-        """Adds a deviation to the K/V that `fill` wrote at `start` of a prompt of `length` tokens, keys rotated to their place."""
+        """Adds a deviation to the K/V that `fill` wrote at `start` of a prompt of `length` tokens; keys are rotated there."""
         ...
 
     def context(self, ids: Ids) -> Tensor:

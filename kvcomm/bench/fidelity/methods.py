@@ -1,0 +1,203 @@
+"""Ways of reusing KV, by name: what corrects the base, and which tokens are computed again.
+
+A name is a base treatment and what is added to it, in any order: `rotate`, `boundary:2`, `cacheblend:0.1`, `ridge`,
+`knn+refresh:0.05`, `ridge+boundary:2`, `rotate+random:0.1`, `ridge+oracle:0.05`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from kvcomm.backends.hf import HFBackend
+from kvcomm.bench.fidelity.cases import Case
+from kvcomm.bench.fidelity.early import Early
+from kvcomm.errors import InputError
+from kvcomm.estimators.base import Estimator, Place
+from kvcomm.plain import PlainKV
+
+__all__ = ["ESTIMATORS", "Method", "Outcome", "serve"]
+
+ESTIMATORS = ("paper", "mean", "knn", "ridge", "ours")
+CHOICES = ("refresh", "residual", "cacheblend", "random", "oracle")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of serving a prompt."""
+
+    name: str
+    rotate: bool = True
+    dense: bool = False
+    estimator: str | None = None
+    boundary: int = 0  # tokens computed again at the start of every piece
+    chosen_by: str | None = None  # one of CHOICES
+    share: float = 0.0  # of the prompt's tokens, chosen so
+
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """Raises InputError for an unknown part."""
+        made = dict[str, object](name=name)
+        for part in name.split("+"):
+            word, _, number = part.partition(":")
+            try:
+                if word == "dense":
+                    made["dense"] = True
+                elif word in ("rotate", "naive"):
+                    made["rotate"] = word == "rotate"
+                elif word == "boundary":
+                    made["boundary"] = int(number)
+                elif word in ESTIMATORS:
+                    made["estimator"] = word
+                elif word in CHOICES:
+                    made |= {"chosen_by": word, "share": float(number)}
+                else:
+                    raise ValueError
+            except ValueError:
+                known = ("dense", "naive", "rotate", "boundary:<tokens>", *ESTIMATORS, *(f"{c}:<share>" for c in CHOICES))
+                raise InputError(f"{part!r} in method {name!r} is unknown; a method is made of {', '.join(known)}") from None
+        return cls(**made)  # type: ignore[arg-type]  # filled in by field name above
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case served by one method."""
+
+    right: bool
+    kl: float  # mean over the answer's tokens, of this against dense, nats
+    top1: float  # share of answer tokens with dense's first choice
+    reused: float  # share of the prompt's tokens never computed in full
+    compute: float  # share of a dense prefill's token-layers that were computed, check layers counted
+    ms: Mapping[str, float]  # rotate, estimate, choose, pass; their sum is the time to the first token
+    declined: bool  # the estimator had no safe estimate for some piece, which was computed instead
+
+
+@torch.no_grad()
+def serve(backend: HFBackend, case: Case, method: Method, estimators: Mapping[str, Estimator], early: Early) -> Outcome:
+    """Serves `case`, then scores the answer token by token with dense's own answer fed in."""
+    tokens = len(case.ids)
+    cache = backend.cache(tokens + len(case.answer))
+    compute = torch.ones(tokens, dtype=torch.bool)
+    clock = [perf_counter()]
+    if not method.dense:
+        compute[: case.exact] = False
+        for piece in case.pieces:
+            compute[piece.span.start : piece.span.end] = False
+        spans = [(piece.span, piece.base) for piece in case.pieces]
+        backend.fill(cache, tokens, [(case.prefix(backend), case.kv), *spans], rotate=method.rotate)
+    clock.append(perf_counter())
+    doubt, declined = _correct(backend, case, method, estimators, cache, compute)
+    clock.append(perf_counter())
+    for piece in case.pieces if method.boundary else ():
+        compute[piece.span.start : min(piece.span.start + method.boundary, piece.span.end)] = True
+    layers = _choose(backend, case, method, cache, compute, doubt, early)
+    compute[-1] = True
+    clock.append(perf_counter())
+    recompute = torch.nonzero(compute).flatten()
+    if method.dense:
+        logits = _dense(backend, case, cache)
+    else:
+        logits = backend.run(cache, torch.from_numpy(case.ids).long()[None], recompute)
+    clock.append(perf_counter())
+    scored = torch.cat([logits[None], _rest(backend, case, cache)])
+    backend.release(cache)
+    want, got = case.logits.log_softmax(-1), scored.log_softmax(-1)
+    count = len(cache.layers)
+    share = len(recompute) / tokens
+    names = ("rotate", "estimate", "choose", "pass")
+    return Outcome(
+        right=scored.argmax(-1).tolist() == case.answer.tolist(),
+        kl=float((want.exp() * (want - got)).sum(-1).mean()),
+        top1=float((want.argmax(-1) == got.argmax(-1)).float().mean()),
+        reused=1 - share,
+        compute=share + layers / count * (1 - share),
+        ms={name: (b - a) * 1e3 for name, a, b in zip(names, clock, clock[1:], strict=False)},
+        declined=declined,
+    )
+
+
+def _correct(
+    backend: HFBackend, case: Case, method: Method, estimators: Mapping[str, Estimator], cache: object, compute: Tensor
+) -> tuple[Tensor, bool]:
+    """Adds estimated deviations; a piece without an estimate is computed. Returns every token's doubt [tokens]."""
+    doubt, declined = torch.zeros(len(case.ids)), False
+    if method.estimator is None:
+        return doubt, declined
+    for piece in case.pieces:
+        start, end = piece.span.start, piece.span.end
+        place = Place(piece.slot, case.ids[start:end], piece.place(backend), backend.context(case.ids[:start]))
+        found = estimators[method.estimator].estimate(place)
+        if found is None:
+            compute[start:end], declined = True, True
+            continue
+        backend.correct(cache, len(case.ids), start, found.deviation)  # type: ignore[arg-type]
+        doubt[start:end] = found.doubt
+    return doubt, declined
+
+
+def _choose(backend: HFBackend, case: Case, method: Method, cache: object, compute: Tensor, doubt: Tensor, early: Early) -> int:
+    """Marks the chosen tokens; returns the number of layers that had to be computed for all tokens to choose them."""
+    if method.chosen_by is None:
+        return 0
+    number = round(method.share * len(case.ids))
+    if method.chosen_by == "refresh":
+        score, layers = doubt.clone(), 0
+    elif method.chosen_by == "random":
+        score, layers = torch.rand(len(doubt), generator=torch.Generator().manual_seed(len(doubt))), 0
+    elif method.chosen_by == "oracle":
+        score, layers = _error(case, cache, range(len(case.kv.keys))), 0
+    else:
+        keys, values = early.kv(case.ids)
+        held = cache.layers[early.layer]  # type: ignore[attr-defined]
+        score = _distance(held.k[0, :, : len(doubt)], keys) + _distance(held.v[0, :, : len(doubt)], values)
+        layers = early.layer
+    score[compute] = -1
+    score[: case.exact] = -1
+    best = score.topk(min(number, len(score))).indices
+    compute[best[score[best] > 0]] = True
+    return layers
+
+
+def _error(case: Case, cache: object, layers: range) -> Tensor:
+    """Squared distance of what the cache holds from the dense run's KV, [tokens]."""
+    tokens = len(case.ids)
+    out = torch.zeros(tokens)
+    for i in layers:
+        held = cache.layers[i]  # type: ignore[attr-defined]
+        out += _distance(held.k[0, :, :tokens], case.kv.keys[i]) + _distance(held.v[0, :, :tokens], case.kv.values[i])
+    return out
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """[heads, tokens, dim] twice -> [tokens]; what was never written counts as nothing."""
+    return ((a.float() - b.float()) ** 2).sum((0, 2)).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _dense(backend: HFBackend, case: Case, cache: object) -> Tensor:
+    with backend.hooked():
+        out = backend.model(
+            input_ids=torch.from_numpy(case.ids).long()[None], past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+    last: Tensor = out.logits[0, -1]
+    return last
+
+
+def _rest(backend: HFBackend, case: Case, cache: object) -> Tensor:
+    """Logits behind every answer token but the last, [answer - 1, vocabulary]."""
+    if len(case.answer) < 2:
+        return case.logits[:0]
+    given = torch.from_numpy(case.answer[:-1]).long()[None]
+    with backend.hooked():
+        rest: Tensor = backend.model(input_ids=given, past_key_values=cache, use_cache=True).logits[0]
+    return rest
+
+
+def deviation(backend: HFBackend, case: Case, number: int) -> tuple[PlainKV, PlainKV]:
+    """Base and deviation of piece `number`, in pre-RoPE space."""
+    piece = case.pieces[number]
+    base = piece.place(backend)
+    return base, backend.plain(case.kv, piece.span.start, piece.span.end).minus(base)

@@ -29,6 +29,8 @@ VOLATILE = frozenset(  # settings that differ between equal models: where they c
     "output_attentions output_hidden_states problem_type return_dict torch_dtype transformers_version use_cache".split()
 )
 
+HARMLESS = ("kvcomm.", "transformers.utils.output_capturing")  # hooks from here change no K/V: they serve a pass, or record
+
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
     """32 hex digits. Reads every weight once: some tenths of a second per GB; call it when a model is loaded.
@@ -51,17 +53,27 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
 class Watch:
     """Tells whether a model is still what it was when the watch was made, at a cost that fits into every request.
 
-    Sees replaced modules and parameters, moves to another dtype or device, in-place writes that torch counts, adapters
-    switched, merged or scaled. Writes behind torch's back (`weight.data += ...`) are seen where the memory is the CPU's and
-    they change one of two words per tensor: a merge of adapters does, an edit of a few elements may not. Holds the weights
-    alive.
+    Sees replaced modules, parameters and buffers, moves to another dtype or device, in-place writes that torch counts, adapters
+    switched, merged or scaled, and forward hooks of any module added or removed (adapters per request, steering; what a hook
+    does cannot be told, so one that only looks counts too). Writes behind torch's back (`weight.data += ...`) are seen where
+    the memory is the CPU's and they change one of two words per tensor: a merge of adapters does, an edit of a few elements
+    may not. Buffers of a rope that follows the length change in use and are left out. Holds the weights alive.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [(m._modules, tuple(m._modules.items())) for m in model.modules() if m._modules]
-        owners = [m._parameters for m in model.modules() if m._parameters]
-        self._tensors = [(o, name, t, _version(t), t.data_ptr()) for o in owners for name, t in o.items() if t is not None]
-        self._words = [(words, i, words.item(i)) for _, _, t, _, _ in self._tensors for words, i in _samples(t)]
+        self._hooks = [
+            (name, hooks, _hooks(hooks))
+            for name, m in model.named_modules()
+            for hooks in (m._forward_pre_hooks, m._forward_hooks)
+        ]
+        owners: list[tuple[str, Mapping[str, Tensor | None]]] = []
+        owners += [("parameter", m._parameters) for m in model.modules() if m._parameters]
+        owners += [("buffer", m._buffers) for m in model.modules() if m._buffers and not _follows_length(m)]
+        self._tensors = [
+            (kind, o, name, t, _version(t), t.data_ptr()) for kind, o in owners for name, t in o.items() if t is not None
+        ]
+        self._words = [(words, i, words.item(i)) for *_, t, _, _ in self._tensors for words, i in _samples(t)]
         self._tuners = _tuner_layers(model)
         self._adapters = _adapters(self._tuners)
 
@@ -70,15 +82,18 @@ class Watch:
         for now, then in self._modules:
             if tuple(now.items()) != then:
                 return f"a module was replaced near {next(iter(then))[0]!r}"
-        for owner, name, tensor, version, pointer in self._tensors:
+        for name, hooks, known in self._hooks:
+            if (hooks or known) and _hooks(hooks) != known:
+                return f"forward hooks of {name or 'the model itself'!r} were added or removed"
+        for kind, owner, name, tensor, version, pointer in self._tensors:
             if owner.get(name) is not tensor:
-                return f"parameter {name!r} was replaced"
+                return f"{kind} {name!r} was replaced"
             if tensor.data_ptr() != pointer:
-                return f"parameter {name!r} has other memory"
+                return f"{kind} {name!r} has other memory"
             if version is not None and tensor._version != version:
-                return f"parameter {name!r} was written to"
+                return f"{kind} {name!r} was written to"
         if any(words.item(i) != then for words, i, then in self._words):
-            return "a parameter was written to through .data"
+            return "a parameter or buffer was written to through .data"
         if self._tuners and _adapters(self._tuners) != self._adapters:
             return "other adapters are active"
         return None
@@ -131,6 +146,18 @@ def _adapters(tuners: list[tuple[str, nn.Module]]) -> list[tuple[object, ...]]:
     """Per wrapped layer: which adapters act on it, which are merged into its weight, and how strongly."""
     names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
     return [(layer, *(copy(getattr(m, name, None)) for name in names)) for layer, m in tuners]
+
+
+def _hooks(hooks: Mapping[int, object]) -> tuple[int, ...]:
+    """The ids of those that may change K/V. Taken at once: other threads' requests add kvcomm's own and take them away."""
+    found = tuple(hooks.items())
+    return tuple(number for number, hook in found if not str(getattr(hook, "__module__", "")).startswith(HARMLESS))
+
+
+def _follows_length(module: nn.Module) -> bool:
+    """A rotary module that writes its frequencies anew for longer prompts, by the names that transformers has for those."""
+    kinds: Any = getattr(module, "rope_type", None)
+    return any("dynamic" in str(k) or k == "longrope" for k in (kinds.values() if isinstance(kinds, dict) else [kinds]))
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from threading import Lock
 from typing import NamedTuple
 
@@ -37,8 +39,8 @@ _Hashes = npt.NDArray[np.uint64]
 class Match:
     """Prompt tokens [start, end) are `segment.ids[offset : offset + end - start]`.
 
-    `exact`: the run also stands at the position where it was computed, behind the same tokens, and nothing in front of it was
-    approximate then. Its stored KV is what a dense prefill of this prompt would give.
+    `exact`: the run also stands at the position where it was computed, behind the same tokens and under the same rotary
+    tables, and nothing in front of it was approximate then. Its stored KV is what a dense prefill of this prompt would give.
     """
 
     start: int
@@ -54,7 +56,7 @@ class Match:
 
 @dataclass(eq=False)
 class _Record:
-    """A segment in the index. Mutable: `live` follows the tables."""
+    """A segment in the index. Mutable: `live` follows the tables of hashes."""
 
     segment: Segment
     number: int  # grows with every segment added
@@ -65,6 +67,10 @@ class _Record:
     @property
     def windows(self) -> int:
         return len(self.segment.ids) // WINDOW
+
+    @property
+    def nbytes(self) -> int:
+        return self.segment.ids.nbytes + self.segment.context.nbytes
 
 
 @dataclass
@@ -91,21 +97,25 @@ class _Run(NamedTuple):
 class TextIndex:
     """Known segments, and where a prompt repeats them. Thread safe: one lock, held for the length of a call.
 
-    `min_run` is the shortest run reported (tokens, at least 15), `max_windows` bounds the index (a window stands for 8 tokens
-    of a segment; the oldest segments leave first), `variants` bounds the places kept per window (the oldest leave first; a
-    text that repeats itself takes no place from others).
+    `min_run` is the shortest run reported (tokens, at least 15). `max_windows` and `max_bytes` bound the index: a window stands
+    for 8 tokens of a segment, bytes are those of the ids of segments and their contexts; the oldest segments leave first.
+    `variants` bounds the places kept per window (the oldest leave first; a text that repeats itself takes none from others).
     """
 
-    def __init__(self, *, min_run: int = 2 * WINDOW, max_windows: int = 1 << 20, variants: int = 8) -> None:
+    def __init__(
+        self, *, min_run: int = 2 * WINDOW, max_windows: int = 1 << 20, variants: int = 8, max_bytes: int = 256 << 20
+    ) -> None:
         if min_run < 2 * WINDOW - 1:
             raise InputError(f"min_run is {min_run}; windows of {WINDOW} tokens find every run of {2 * WINDOW - 1} or more")
-        if max_windows < 1 or variants < 1:
-            raise InputError(f"max_windows is {max_windows} and variants {variants}; both must be at least 1")
-        self.min_run, self.max_windows, self.variants = min_run, max_windows, variants
+        if max_windows < 1 or variants < 1 or max_bytes < 1:
+            raise InputError(
+                f"max_windows is {max_windows}, variants {variants} and max_bytes {max_bytes}; all must be at least 1"
+            )
+        self.min_run, self.max_windows, self.variants, self.max_bytes = min_run, max_windows, variants, max_bytes
         self.compared = 0  # token comparisons of all searches so far: their cost without a clock
         self._records: OrderedDict[str, _Record] = OrderedDict()
         self._spaces: dict[tuple[str, str], _Space] = {}
-        self._windows = 0
+        self._windows = self._nbytes = 0
         self._added = 0
         self._lock = Lock()
 
@@ -120,13 +130,14 @@ class TextIndex:
                 self._records.move_to_end(segment.key)
                 return ()
             record = _Record(segment, self._added, _bytes(segment.ids), 0)
-            if len(segment.ids) < self.min_run or record.windows > self.max_windows:
+            if len(segment.ids) < self.min_run or record.windows > self.max_windows or record.nbytes > self.max_bytes:
                 return (segment.key,)
             self._added += 1
             self._records[segment.key] = record
             self._windows += record.windows
+            self._nbytes += record.nbytes
             lost = self._insert(record)
-            while self._windows > self.max_windows:
+            while self._windows > self.max_windows or self._nbytes > self.max_bytes:
                 lost.append(next(iter(self._records)))
                 self._forget(lost[-1])
             return tuple(lost)
@@ -136,8 +147,16 @@ class TextIndex:
         with self._lock:
             return self._forget(key)
 
-    def find(self, ids: Ids, *, fingerprint: str, tenant: str = "") -> list[Match]:
-        """Known runs of this fingerprint and tenant, disjoint and in order; never a run whose token ids differ.
+    def find(
+        self,
+        ids: Ids,
+        *,
+        fingerprint: str,
+        tenant: str = "",
+        same_tables: Callable[[int], bool] = lambda length: True,
+    ) -> list[Match]:
+        """Known runs of this fingerprint and tenant, disjoint and in order; never a run whose token ids differ. `same_tables`:
+        whether a sequence of that length has the rotary tables of this prompt; no run is exact where it has not.
 
         First come exact runs, each from where the last one ended, as far as they reach without a gap (the longest first):
         they cost no quality. Behind them, from left to right, the longest of the runs that start within a window's length of
@@ -149,7 +168,7 @@ class TextIndex:
             space = self._spaces.get((fingerprint, tenant))
             if space is None or len(ids) < self.min_run:
                 return []
-            search = _Search(space, np.ascontiguousarray(ids, dtype=np.int32), self.min_run)
+            search = _Search(space, np.ascontiguousarray(ids, dtype=np.int32), self.min_run, same_tables)
             matches = search.cover()
             self.compared += search.compared
             return matches
@@ -168,10 +187,17 @@ class TextIndex:
         with self._lock:
             return self._windows
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the token ids of all known segments and their contexts, at most `max_bytes`."""
+        with self._lock:
+            return self._nbytes
+
     def check_integrity(self) -> None:
         """Raise AssertionError when the tables, the records and the bounds contradict each other. Slow; for tests."""
         with self._lock:
             assert self._windows == sum(r.windows for r in self._records.values()) <= self.max_windows
+            assert self._nbytes == sum(r.nbytes for r in self._records.values()) <= self.max_bytes
             live = dict.fromkeys((r.number for r in self._records.values()), 0)
             for name, space in self._spaces.items():
                 assert space.windows, f"an empty space is kept: {name}"
@@ -207,14 +233,19 @@ class TextIndex:
                 places.append((record, j * WINDOW))
                 record.live += 1
         for key in lost:
-            self._windows -= self._records.pop(key).windows
+            self._drop(key)
         return lost
 
-    def _forget(self, key: str) -> bool:
-        record = self._records.pop(key, None)
-        if record is None:
-            return False
+    def _drop(self, key: str) -> _Record:
+        record = self._records.pop(key)
         self._windows -= record.windows
+        self._nbytes -= record.nbytes
+        return record
+
+    def _forget(self, key: str) -> bool:
+        if key not in self._records:
+            return False
+        record = self._drop(key)
         name = (record.segment.fingerprint, record.segment.tenant)
         space = self._spaces[name]
         windows, prefixes, _ = _keys(record.segment)
@@ -233,8 +264,8 @@ class TextIndex:
 class _Search:
     """One prompt against one space."""
 
-    def __init__(self, space: _Space, prompt: Ids, min_run: int) -> None:
-        self.space, self.prompt, self.min_run = space, prompt, min_run
+    def __init__(self, space: _Space, prompt: Ids, min_run: int, same_tables: Callable[[int], bool]) -> None:
+        self.space, self.prompt, self.min_run, self.same_tables = space, prompt, min_run, cache(same_tables)
         self.data = prompt.tobytes()
         self.prefix = _prefix_hashes(prompt)
         self.windows: list[int] = _window_hashes(self.prefix, np.arange(len(prompt) - WINDOW + 1)).tolist()
@@ -307,6 +338,8 @@ class _Search:
         """Is `record`'s token at `offset` at its old position, behind the same tokens? Decided on the token ids."""
         segment = record.segment
         if not segment.exact or segment.start + offset != start or int(self.prefix[segment.start]) != record.context_hash:
+            return False
+        if not self.same_tables(segment.length):
             return False
         self.compared += start
         return self.data[4 * segment.start : 4 * start] == record.data[: 4 * offset] and np.array_equal(

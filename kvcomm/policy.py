@@ -47,9 +47,9 @@ def plan(length: int, matches: Sequence[Match], config: Config, rule: Rule = "au
     if length < 1:
         raise InputError(f"the prompt has {length} tokens; it must have at least 1")
     if config.mode == "off":
-        return _dense(length, "mode-off")
+        return Plan.dense(length, "mode-off")
     if not matches:
-        return _dense(length, "nothing-known")
+        return Plan.dense(length, "nothing-known")
     moved: Rung = "boundary" if config.rung == "boundary" else "rotate"
     exact_to = 0
     spans: list[Span] = []
@@ -60,7 +60,7 @@ def plan(length: int, matches: Sequence[Match], config: Config, rule: Rule = "au
         elif rule == "auto":
             spans.append(Span(match.start, match.end, moved, match.segment, match.offset))
     if not spans:
-        return _dense(length, "nothing-exact")
+        return Plan.dense(length, "nothing-exact")
 
     compute = np.ones(length, dtype=bool)
     for span in spans:
@@ -75,13 +75,9 @@ def plan(length: int, matches: Sequence[Match], config: Config, rule: Rule = "au
         else:
             compute[span.start : span.end] = True
     if not kept:
-        return _dense(length, "nothing-left")
+        return Plan.dense(length, "nothing-left")
     recompute = np.flatnonzero(compute)
     if len(recompute) > config.max_recompute * length and any(span.rung != "exact" for span in kept):
         prefix = plan(length, matches, config, "exact")  # an exact prefix is worth it at any length
-        return prefix if prefix.spans else _dense(length, "too-much-recomputed")
+        return prefix if prefix.spans else Plan.dense(length, "too-much-recomputed")
     return Plan(length, tuple(kept), recompute)
-
-
-def _dense(length: int, reason: str) -> Plan:
-    return Plan(length, (), np.arange(length), reason)

@@ -14,14 +14,19 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from kvcomm.errors import UnsupportedModel
 
-__all__ = ["Rope", "Tables", "relative", "tolerance"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["Rope", "Tables", "reach", "relative", "tolerance"]
+
+STRETCHED = frozenset({"dynamic", "linear", "longrope", "yarn"})  # may reach beyond max_position_embeddings
 
 Tables = Mapping[str | None, tuple[Tensor, Tensor]]
 """Layer type (None where all layers share one) -> cos, sin, each float32 [1, tokens, rotary_dim]."""
@@ -116,6 +121,19 @@ class Rope:
         moved = torch.empty_like(near, dtype=torch.float32)
         self.rotate(layer, near, turn, moved)
         return relative(moved, far)
+
+
+def reach(config: PreTrainedConfig) -> int | None:
+    """Tokens that a text model's positions reach, as far as its configuration says so; None where it does not."""
+    limit = getattr(config, "max_position_embeddings", None)
+    ropes: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(r for r in ropes.values() if isinstance(r, Mapping))):  # one for all layers, or one per layer type
+        if rope.get("rope_type") in STRETCHED:
+            original = rope.get("original_max_position_embeddings")
+            if original is None:
+                return None
+            limit = max(limit or 0, int((rope.get("factor") or 1) * original))
+    return limit
 
 
 def tolerance(dtype: torch.dtype) -> float:

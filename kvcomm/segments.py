@@ -53,13 +53,15 @@ class Segment:
     tenant: str = ""
     producer: str = ""  # agent that first computed it
     exact: bool = True  # nothing in front of it was reused approximately
+    length: int = 1  # tokens of a sequence with the rotary tables that its keys carry; tells apart where they follow the length
 
     @cached_property
     def key(self) -> str:
         """Content address: equal segments computed behind equal contexts share it."""
         from hashlib import blake2b
 
-        h = blake2b(f"{self.fingerprint}\0{self.tenant}\0{int(self.exact)}\0{len(self.context)}\0".encode(), digest_size=16)
+        facts = (self.fingerprint, self.tenant, int(self.exact), self.length, len(self.context))
+        h = blake2b("".join(f"{fact}\0" for fact in facts).encode(), digest_size=16)
         h.update(np.ascontiguousarray(self.context).data)
         h.update(np.ascontiguousarray(self.ids).data)
         return h.hexdigest()
@@ -102,6 +104,11 @@ class Plan:
     recompute: npt.NDArray[np.int64]  # positions computed in the one pass, ascending, always holding length - 1
     fallback: str | None = None  # why nothing is reused; None when something is
 
+    @classmethod
+    def dense(cls, length: int, reason: str) -> Plan:
+        """Everything is computed."""
+        return cls(length, (), np.arange(length), reason)
+
     @property
     def reused(self) -> int:
         return self.length - len(self.recompute)
@@ -130,12 +137,12 @@ class ReuseReport:
     computed_tokens: int
     spans: tuple[SpanReport, ...] = ()
     fallback: str | None = None
-    match_ms: float | None = None
+    match_ms: float | None = None  # from the request's turn on: it may have waited for others
     plan_ms: float | None = None
     assemble_ms: float | None = None  # rotate and copy stored KV into the request's cache
     forward_ms: float | None = None  # the first forward: the one pass, or the dense prefill
     learn_ms: float | None = None  # storing what is new, after the answer
-    ttft_ms: float | None = None  # from the call to the first token's logits, everything above but learning included
+    ttft_ms: float | None = None  # from the call to the first token's logits: waiting and all of the above but learning
 
     @property
     def reuse_rate(self) -> float:

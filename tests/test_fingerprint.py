@@ -15,8 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kvcomm.backends.hf import HFBackend
 from kvcomm.errors import UnsupportedModel
 from kvcomm.fingerprint import Watch, fingerprint
+from kvcomm.testing import tiny_random
 
 Model = Any  # a LlamaForCausalLM; transformers' own annotations refuse `model.to(dtype)` and `model.generate`
 SIZES: dict[str, Any] = {
@@ -288,7 +290,7 @@ def load_state(model: Model) -> None:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (write_in_place, "'weight' was written to"),
+        (write_in_place, "parameter 'weight' was written to"),
         (load_state, "was written to"),
         (lora_like_edit, r"written to through \.data"),
         (replace_parameter, "'weight' was replaced"),
@@ -325,6 +327,94 @@ def test_watch_sees_adapters(change: Callable[[Any], object]) -> None:
     assert watch.changed() is None
     change(adapter(model))
     assert watch.changed() == "other adapters are active"
+
+
+def edit_frequencies(model: Model) -> None:
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def edit_frequencies_through_data(model: Model) -> None:
+    model.model.rotary_emb.inv_freq.data.mul_(0.5)
+
+
+def replace_frequencies(model: Model) -> None:
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq / 2
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (edit_frequencies, "buffer 'inv_freq' was written to"),
+        (edit_frequencies_through_data, r"buffer was written to through \.data"),
+        (replace_frequencies, "buffer 'inv_freq' was replaced"),
+    ],
+)
+def test_watch_sees_edited_buffers(edit: Callable[[Model], object], says: str) -> None:
+    model = llama(head_dim=16)
+    watch = Watch(model)
+    assert watch.changed() is None
+    edit(model)
+    assert re.search(says, watch.changed() or "nothing")
+
+
+@pytest.mark.parametrize("family", ["llama-dynamic", "phi3-longrope"])
+def test_watch_is_quiet_while_frequencies_follow_the_length(family: str) -> None:
+    """Longer than the model was made for, then short again: its rotary module has written new buffers."""
+    model: Model = tiny_random(family)
+    watch, frequencies = Watch(model), model.model.rotary_emb.inv_freq
+    model(torch.arange(60)[None] + 3)
+    assert model.model.rotary_emb.inv_freq is not frequencies
+    model(torch.arange(5)[None] + 3)
+    assert watch.changed() is None
+
+
+def steer(model: Model, *, before: bool, name: str = "model.layers.1.self_attn.q_proj") -> Any:
+    """What PEFT does for `adapter_names`, and steering too: a hook that changes what a layer gets or gives."""
+    module = model.get_submodule(name)
+    return (
+        module.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+        if before
+        else module.register_forward_hook(lambda _, args, out: out + 1)
+    )
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj", ""])
+def test_watch_sees_forward_hooks(name: str, before: bool) -> None:
+    """Of any module, the whole model included, for as long as they are there; others in their place are others."""
+    model = llama()
+    watch = Watch(model)
+    assert watch.changed() is None
+    hook = steer(model, before=before, name=name)
+    assert watch.changed() == f"forward hooks of {name or 'the model itself'!r} were added or removed"
+    hooked = Watch(model)
+    hook.remove()
+    assert watch.changed() is None
+    assert hooked.changed() is not None
+    steer(model, before=before, name=name)
+    assert hooked.changed() is not None
+
+
+def test_a_request_under_other_hooks_is_refused() -> None:
+    """And served again when they are gone."""
+    model: Model = tiny_random("llama")
+    backend, ids = HFBackend(model), torch.tensor([[3, 4, 5]])
+    hook = steer(model, before=True)
+    assert "forward hooks of 'model.layers.1.self_attn.q_proj'" in str(backend.refusal(ids, {}))
+    hook.remove()
+    assert backend.refusal(ids, {}) is None
+
+
+def test_hooks_that_serve_or_record_do_not_count() -> None:
+    """kvcomm's own, which another thread's request may have there; transformers', which stay once outputs were asked for."""
+    model: Model = tiny_random("llama")
+    backend, ids = HFBackend(model), torch.tensor([[3, 4, 5]])
+    with backend.hooked():
+        assert model._forward_hooks
+        assert backend.refusal(ids, {}) is None
+    model(ids, output_hidden_states=True)
+    assert any(m._forward_hooks for m in model.modules())
+    assert backend.refusal(ids, {}) is None
 
 
 def test_watch_sees_an_adapter_being_added() -> None:

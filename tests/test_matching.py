@@ -131,7 +131,11 @@ def test_bounded_index_stays_true_and_keeps_its_word(world: tuple[list[int], lis
     """With few places per window and few windows, after any order of adding and removing: matches are true, disjoint and of
     known segments, and the keys returned are exactly the ones that are gone."""
     prompt, segments = world
-    index = TextIndex(max_windows=data.draw(st.integers(1, 12)), variants=data.draw(st.integers(1, 2)))
+    index = TextIndex(
+        max_windows=data.draw(st.integers(1, 12)),
+        variants=data.draw(st.integers(1, 2)),
+        max_bytes=data.draw(st.sampled_from([100, 400, 1 << 20])),
+    )
     known: set[str] = set()
     for s in segments:
         gone = index.add(s)
@@ -145,6 +149,7 @@ def test_bounded_index_stays_true_and_keeps_its_word(world: tuple[list[int], lis
         assert known == {s.key for s in segments if s.key in index}
         assert len(index) == len(known)
         assert index.windows <= index.max_windows
+        assert index.nbytes <= index.max_bytes
     end = 0
     for match in find(index, array(prompt)):
         assert end <= match.start < match.end <= len(prompt)
@@ -221,6 +226,18 @@ def test_a_text_that_repeats_itself_displaces_no_other_context() -> None:
     near = segment(line, header, exact=False)
     index = index_of(near, segment(np.tile(line, 30), exact=False), variants=2)
     assert [m.segment for m in find(index, np.concatenate([text(3, 5), header, line]))] == [near]
+
+
+def test_no_run_is_exact_under_other_rotary_tables() -> None:
+    """Of two equal prefixes the one with this prompt's tables is taken, in any order; the other is never exact."""
+    known = text(1, 60)
+    short, long = (Segment(known, array([]), "f", length=length) for length in (1, 100))
+    assert short.key != long.key
+    for segments in ([short, long], [long, short]):
+        found = index_of(*segments).find(known, fingerprint="f", same_tables=lambda length: length == 100)
+        assert [(m.segment, m.exact) for m in found] == [(long, True)]
+    (match,) = index_of(short).find(known, fingerprint="f", same_tables=lambda length: length == 100)
+    assert (match.tokens, match.exact) == (60, False)
 
 
 def test_an_exact_prefix_wins_over_a_longer_run_and_the_longer_run_goes_on_behind_it() -> None:
@@ -338,6 +355,21 @@ def test_the_oldest_leave_and_are_named() -> None:
     index.check_integrity()
 
 
+def test_contexts_count_and_the_oldest_leave() -> None:
+    """40 tokens behind 100 others: 560 bytes each."""
+    a, b, c = (segment(text(seed, 40), text(10 + seed, 100)) for seed in range(3))
+    index = TextIndex(max_bytes=1_200)
+    assert index.add(a) == index.add(b) == ()
+    assert index.nbytes == 1_120
+    assert index.add(c) == (a.key,)
+    assert index.remove(b.key)
+    assert index.nbytes == 560
+    large = segment(text(4, 40), text(5, 300))
+    assert index.add(large) == (large.key,)
+    assert c.key in index
+    index.check_integrity()
+
+
 def test_what_cannot_be_indexed_is_named() -> None:
     index = TextIndex(max_windows=4)
     short, large = segment(text(1, 15)), segment(text(2, 40))
@@ -359,7 +391,7 @@ def test_a_segment_that_lost_every_place_is_named() -> None:
 
 
 def test_bad_bounds_are_refused() -> None:
-    for options in ({"min_run": 14}, {"max_windows": 0}, {"variants": 0}):
+    for options in ({"min_run": 14}, {"max_windows": 0}, {"variants": 0}, {"max_bytes": 0}):
         with pytest.raises(InputError, match=r"\d"):
             TextIndex(**options)
 

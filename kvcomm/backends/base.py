@@ -39,7 +39,11 @@ class Backend(Protocol):
 
     @property
     def context_limit(self) -> int | None:
-        """Tokens that the model was made for; None if it does not say."""
+        """Tokens that the model can read; None if it does not say."""
+        ...
+
+    def same_tables(self, length: int, other: int) -> bool:
+        """Whether sequences of these two lengths share their rotary tables: only then can K/V of one be exact in the other."""
         ...
 
     def refusal(
@@ -68,8 +72,8 @@ class Backend(Protocol):
     def arm(self, cache: SpanCache, ids: Tensor, recompute: Tensor) -> None:
         """Makes the next forward with this cache, inside `hooked`, the one pass over positions `recompute` [r] (int64,
         ascending, the last being N - 1) of prompt `ids` [1, N]. Until then the cache says that it holds N - 1 tokens, so that
-        generate asks for the last one alone. Asserts that cached tokens, filled spans and `recompute` cover 0 .. N - 1. Raises
-        CacheFault where what is cached carries rotary tables that do not fit N tokens.
+        generate asks for the last one alone. Raises CacheFault where cached tokens, filled spans and `recompute` leave a hole
+        in 0 .. N - 1, or where what is cached carries rotary tables that do not fit N tokens.
         """
         ...
 

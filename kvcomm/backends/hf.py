@@ -23,7 +23,7 @@ from kvcomm.backends.span_cache import BufferPool, SpanCache
 from kvcomm.errors import CacheFault
 from kvcomm.fingerprint import Watch, fingerprint
 from kvcomm.plain import PlainKV
-from kvcomm.rope import Tables
+from kvcomm.rope import Tables, reach
 from kvcomm.segments import Ids, SegmentKV, Span
 
 if TYPE_CHECKING:
@@ -57,7 +57,10 @@ class HFBackend:
 
     @property
     def context_limit(self) -> int | None:
-        return getattr(self._config, "max_position_embeddings", None)
+        return reach(self._config)
+
+    def same_tables(self, length: int, other: int) -> bool:
+        return self.rope.same(length, other)
 
     def refusal(
         self, input_ids: Any, generate_kwargs: Mapping[str, Any], generation_config: GenerationConfig | None = None
@@ -134,7 +137,8 @@ class HFBackend:
         for start, end in [(0, cache.get_seq_length()), *cache.filled]:
             known[start:end] = True
         known[recompute] = True
-        assert bool(known.all()), f"token {int(known.int().argmin())} of {tokens} is neither known nor recomputed"
+        if not bool(known.all()):
+            raise CacheFault(f"token {int(known.int().argmin())} of {tokens} is neither known nor recomputed")
         assert int(recompute[-1]) == tokens - 1, "the last token is always recomputed"
         assert bool((recompute.diff() > 0).all()), "recompute must ascend"
         if cache.made_at and not self.rope.same(cache.made_at, tokens):

@@ -60,6 +60,8 @@ def _effective(model: PreTrainedModel, given: Mapping[str, Any], config: Generat
         for name in settings.keys() & vars(effective).keys():
             if settings[name] is not None:
                 setattr(effective, name, settings[name])
+    if effective.cache_implementation == "hybrid":  # of older checkpoints: generate unsets it, too
+        effective.cache_implementation = None
     return effective
 
 

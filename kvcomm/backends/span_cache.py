@@ -180,9 +180,10 @@ class SpanCache(Cache):
 class BufferPool:
     """Keeps a few buffers for later requests: fresh ones of 128 MB cost 22-50 ms. Safe to use from several threads."""
 
-    def __init__(self, shapes: Sequence[LayerShape], keep: int = 2) -> None:
+    def __init__(self, shapes: Sequence[LayerShape], keep: int = 2, keep_bytes: int = 1 << 30) -> None:
+        """`keep` and `keep_bytes` bound what is kept together."""
         self._shapes = tuple(shapes)
-        self._keep = keep
+        self._keep, self._keep_bytes = keep, keep_bytes
         self._free: list[tuple[tuple[Tensor, Tensor], ...]] = []
         self._lock = threading.Lock()
 
@@ -196,15 +197,26 @@ class BufferPool:
         return SpanCache(self._shapes, buffers or [shape.buffers(-(-tokens // 256) * 256) for shape in self._shapes])
 
     def give(self, cache: SpanCache) -> None:
-        """Take the cache's buffers back, of which the largest are kept; it is left empty, and without room to write to them."""
+        """Take the cache's buffers back, of which the largest that the bounds allow are kept; it is left empty, and without
+        room to write to them.
+        """
         buffers = tuple((layer.k, layer.v) for layer in cache.layers)
         cache.reset()
         for layer in cache.layers:
             layer.k, layer.v = layer.k[:1, :, :0], layer.v[:1, :, :0]
         if buffers[0][0].shape[0] == 1 and not buffers[0][0].is_inference():  # beams have rows of their own
             with self._lock:
-                self._free = sorted([*self._free, buffers], key=_capacity)[-self._keep :]
+                candidates = sorted([*self._free, buffers], key=_capacity, reverse=True)
+                self._free, left = [], self._keep_bytes
+                for one in candidates:
+                    if len(self._free) < self._keep and _nbytes(one) <= left:
+                        self._free.append(one)
+                        left -= _nbytes(one)
 
 
 def _capacity(buffers: Sequence[tuple[Tensor, Tensor]]) -> int:
     return min(int(k.shape[2]) for k, _ in buffers)
+
+
+def _nbytes(buffers: Sequence[tuple[Tensor, Tensor]]) -> int:
+    return sum(x.nbytes for pair in buffers for x in pair)

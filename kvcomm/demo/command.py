@@ -15,7 +15,7 @@ from kvcomm.demo import runner
 from kvcomm.demo.page import page, terminal
 from kvcomm.demo.runner import ARMS
 from kvcomm.demo.summary import summarise
-from kvcomm.demo.workloads import ROLES, SPARE, Task, default_team, make_task
+from kvcomm.demo.workloads import ROLES, SPARE, Task, default_team, make_task, own_questions
 from kvcomm.errors import InputError
 from kvcomm.report import document, dumps, write_json
 from kvcomm.tiny import FOLDER
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default=str(FOLDER), metavar="ID", help="Hugging Face id or folder (default: the embedded model)"
     )
-    parser.add_argument("--team", type=Path, metavar="FILE", help="a team as YAML instead of the built-in ones")
+    parser.add_argument("--team", type=Path, metavar="FILE", help="a team as YAML instead of the built-in ones (docs/teams.md)")
     parser.add_argument("--requests", type=int, default=24, metavar="N", help="team requests in all (default: 24)")
     parser.add_argument("--agents", type=int, default=5, metavar="N", help="agents of the built-in teams (default: 5)")
     parser.add_argument("--documents", type=int, default=6, metavar="N", help="documents that every agent reads (default: 6)")
@@ -46,7 +46,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ):
         if value < low or (high is not None and value > high):
             raise InputError(f"--{name} is {value}; it must be at least {low}" + (f" and at most {high}" if high else ""))
-    team = Team.from_yaml(args.team) if args.team else None
+    team = own_questions(Team.from_yaml(args.team)) if args.team else None
     dtype = dtype_named(args.dtype)
     backend = load(args.model, dtype=dtype)
     names = list(ROLES)

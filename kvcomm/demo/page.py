@@ -38,21 +38,23 @@ def terminal(doc: dict[str, Any]) -> str:
             (b, str(c["questions"]), *(_percent(c[f"accuracy_{arm}"]) for arm in ("dense", "shared", "rotate")))
             for b, c in w["bindings"].items()
         ]
-        lines += ["", *_table(("fact is bound by", "questions", "dense", "shared", "rotate only"), classes)]
+        lines += ["", *_table(("fact is bound by", "questions to all", "dense", "shared", "rotate only"), classes)]
     return "\n".join([*lines, "", gain(doc)])
 
 
 def gain(doc: dict[str, Any]) -> str:
-    """The one line that says what sharing was worth."""
-    a = doc["all"]
+    """The one line that says what sharing was worth: every number in it is over the agents after the first."""
+    a, later = doc["all"], doc["all"]["later_agents"]
+    if not later["calls"]:
+        return f"one agent: nobody to share with; accuracy {_percent(a['accuracy_dense'])}"
     return (
         f"agents 2 and later: {_percent(a['token_reuse_rate'])} of prompt tokens reused; "
         f"time to first token {_ms(a['ttft_dense_ms'])} ms dense, "
         f"{_ms(a['ttft_prefix_cache_ms'])} ms with an exact prefix cache, {_ms(a['ttft_shared_ms'])} ms shared: "
         f"{_ms(a['ttft_dense_ms'] - a['ttft_shared_ms'])} ms saved per call; "
-        f"{_percent(a['answers_equal_to_dense'])} of answers equal to dense, "
-        f"accuracy {_percent(a['accuracy_dense'])} dense, {_percent(a['accuracy_shared'])} shared, "
-        f"{_percent(a['accuracy_rotate'])} with rotation alone"
+        f"{_percent(later['answers_equal_to_dense'])} of answers equal to dense, "
+        f"accuracy {_percent(later['accuracy_dense'])} dense, {_percent(later['accuracy_shared'])} shared, "
+        f"{_percent(later['accuracy_rotate'])} with rotation alone"
     )
 
 

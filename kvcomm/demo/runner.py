@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvcomm.agents.team import Team
+from kvcomm.agents.team import Team, Turn
 from kvcomm.backends.base import Backend
 from kvcomm.config import Config
 from kvcomm.demo.workloads import Task
@@ -31,7 +31,8 @@ class Call:
     workload: str
     request: int
     arm: str
-    position: int  # of the agent in its team, from 1
+    round: int  # from 1
+    position: int  # of the agent, from 1, as they speak within a round
     agent: str
     text: str
     right: tuple[bool, ...]  # per question
@@ -79,13 +80,25 @@ def run(
         rng.shuffle(order)
         for name in order:
             done = teams[task.workload].run(generators[name], task.fields)
-            calls += [_call(task, number, name, position, turn) for position, turn in enumerate(done.turns, 1)]
+            speakers = list(dict.fromkeys(turn.agent for turn in done.turns))
+            calls += [_call(task, number, name, speakers.index(turn.agent) + 1, turn) for turn in done.turns]
             tick()
     return calls
 
 
-def _call(task: Task, request: int, arm: str, position: int, turn: Any) -> Call:
+def _call(task: Task, request: int, arm: str, position: int, turn: Turn) -> Call:
     items = task.items[turn.agent]
     right = tuple(tasks.score(items, turn.output.text))
     bindings = tuple(item.binding for item in items)
-    return Call(task.workload, request, arm, position, turn.agent, turn.output.text, right, bindings, turn.output.report)
+    return Call(
+        workload=task.workload,
+        request=request,
+        arm=arm,
+        round=turn.round,
+        position=position,
+        agent=turn.agent,
+        text=turn.output.text,
+        right=right,
+        bindings=bindings,
+        report=turn.output.report,
+    )

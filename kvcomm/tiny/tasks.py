@@ -199,7 +199,7 @@ def ask(
     world.memos[step] = str(result)
     return Item(
         f"{memo} {step} : {memo} {before} {sign} {asked} ?",
-        f"{stated} {shown} and {memo} {before} is {total} so {memo} {step} is {result} .",
+        f"{memo} {before} is {total} {sign} {stated} {shown} so {memo} {step} is {result} .",
         binding,
     )
 

@@ -44,7 +44,7 @@ STYLES = ("plain", "loud")
 
 GLUE = (
     "you are the a careful agent of team . , : ? your style is use only what said below about next and so plus minus says "
-    'questions now write final answer in role " = ( ) + notes'
+    "questions now write final answer in role ( )"
 ).split()
 
 

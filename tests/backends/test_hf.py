@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvcomm.backends.base import Backend
 from kvcomm.backends.span_cache import SpanCache
 from kvcomm.errors import CacheFault
+from kvcomm.rope import relative
 from kvcomm.testing import tiny_random
 
 if TYPE_CHECKING:
@@ -321,5 +323,46 @@ def test_it_keeps_the_contract(llama: Case) -> None:
 
 
 def test_names(llama: Case) -> None:
-    assert llama.backend.context_limit == 512
     assert llama.backend.name == "LlamaForCausalLM"
+
+
+def yarn(**more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, **more}}
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "limit"),
+    [
+        ("llama", {}, 512),
+        ("llama-llama3", {}, 512),
+        ("gemma3", {}, 512),
+        ("llama-yarn", {}, 512),  # 4 x 128
+        ("llama", yarn(original_max_position_embeddings=128), 1024),
+        ("llama", yarn(original_max_position_embeddings=32), 512),
+        ("phi3-longrope", {}, 512),  # 12.8 x 40
+        ("llama-linear", {}, None),
+        ("llama-dynamic", {}, None),
+    ],
+)
+def test_the_context_is_what_the_rope_reaches(
+    make: Callable[..., Case], family: str, overrides: dict[str, Any], limit: int | None
+) -> None:
+    """factor x original where a rope is stretched and says both, nothing where it says less, else max_position_embeddings."""
+    assert make(family, **overrides).backend.context_limit == limit
+
+
+@pytest.mark.parametrize(
+    ("family", "same"),
+    [
+        ("llama", [(1, 300), (36, 72)]),
+        ("phi3-longrope", [(1, 40), (41, 300)]),
+        ("llama-dynamic", [(1, 40), (72, 72)]),
+    ],
+)
+def test_which_lengths_share_their_tables(make: Callable[..., Case], family: str, same: list[tuple[int, int]]) -> None:
+    """The first layer's keys of one prefix, from plain forwards of both lengths, are equal where `same_tables` says so."""
+    case = make(family)
+    keys = {n: case.dense(case.prompt(1, 300)[:, :n])[0].keys[0][:, :30] for n in (30, 40, 41, 72, 300)}
+    for (a, one), (b, other) in product(keys.items(), repeat=2):
+        assert case.backend.same_tables(a, b) == (relative(one, other) < 1e-5)
+    assert all(case.backend.same_tables(a, b) for a, b in same)

@@ -162,6 +162,18 @@ def test_a_model_that_is_changed_after_loading(make: Callable[..., Case]) -> Non
         assert str(case.backend.refusal(case.ids, {})).startswith("the model is not what was loaded: ")
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_hybrid_is_no_choice(make: Callable[..., Case], family: str) -> None:
+    """Checkpoints of Gemma carry it; generate unsets exactly this value wherever it is from, and takes our cache."""
+    case = make(family)
+    plain = case.generate()
+    case.model.generation_config.cache_implementation = "hybrid"
+    assert case.backend.refusal(case.ids, {}) is None
+    assert case.backend.refusal(case.ids, {"cache_implementation": "hybrid"}) is None
+    with case.backend.hooked():
+        assert torch.equal(case.generate(case.backend.cache(100)), plain)
+
+
 def test_nothing_is_changed(llama: Case) -> None:
     before = llama.model.generation_config.to_dict()
     config = GenerationConfig(num_beams=3)

@@ -190,6 +190,19 @@ def test_the_pool_keeps_the_largest_and_serves_the_smallest_that_fits() -> None:
     assert storage(pool.take(90)) not in (small, middle, large)
 
 
+def test_the_pool_is_bounded_in_bytes() -> None:
+    """256 tokens of `shape()` are 2 heads x 10 numbers x 4 bytes each: 20,480 bytes."""
+    pool = BufferPool([shape()], keep=3, keep_bytes=3 * 20_480)
+    caches = [pool.take(tokens) for tokens in (10, 10, 500, 1000)]
+    small, _, middle, large = (storage(c) for c in caches)
+    for cache in caches:
+        pool.give(cache)
+    assert storage(pool.take(1000)) != large, "larger than the bound alone"
+    assert storage(pool.take(300)) == middle
+    assert storage(pool.take(10)) == small
+    assert pool.take(0).capacity == 0, "beside the larger one there was room for one"
+
+
 @pytest.mark.parametrize("change", ["batch_repeat_interleave", "inference"])
 def test_buffers_of_beams_and_of_inference_mode_are_not_kept(change: str) -> None:
     pool = BufferPool([shape()])

@@ -35,10 +35,17 @@ def rate(scores: evaluate.Scores, method: str) -> float:
 
 def test_dense_answers_are_right(scores: evaluate.Scores) -> None:
     """A guess among the values of an attribute is right in about one case of twenty."""
-    assert rate(scores, "dense") > 0.7
+    assert rate(scores, "dense") >= 0.97
+
+
+def test_long_prompts_are_answered_too() -> None:
+    """Prompts of about 1,800 tokens, up to the context limit of 2,048."""
+    found, length = evaluate.held_out(load(str(FOLDER), dtype="float32"), 12, 6, seed=778, fillers=(42, 48), methods=False)
+    assert length > 1700
+    assert rate(found, "dense") >= 0.94
 
 
 def test_boundary_keeps_them_and_naive_reuse_does_not(scores: evaluate.Scores) -> None:
-    assert rate(scores, "producer boundary") > rate(scores, "dense") - 0.08
+    assert rate(scores, "producer boundary") >= rate(scores, "dense") - 0.02
     assert rate(scores, "producer naive") < rate(scores, "dense") - 0.3
-    assert rate(scores, "producer rotate") < rate(scores, "producer boundary")
+    assert rate(scores, "producer rotate") < rate(scores, "dense") - 0.1

@@ -73,7 +73,7 @@ def test_totals_add_up() -> None:
         totals: list[int] = []
         while step := tasks.next_step(world):
             item = tasks.ask(rng, world, "plain", step=step)
-            value, total = number(r"is (\d+) (?:so|and total)", item.answer), number(r"is (\d+) \.$", item.answer)
+            value, total = number(r"of \S+ is (\d+) so", item.answer), number(r"is (\d+) \.$", item.answer)
             if totals:
                 sign = 1 if " plus " in item.question else -1
                 assert total == totals[-1] + sign * value

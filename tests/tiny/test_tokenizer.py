@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kvcomm.tiny import FOLDER, tokenizer, train
+from kvcomm.tiny import FOLDER, sequences, tokenizer, train
 from kvcomm.tiny.words import all_words
 
 
@@ -40,9 +40,9 @@ def test_the_shipped_tokenizer_is_the_built_one(built: PreTrainedTokenizerFast) 
 
 def test_training_saw_what_the_chat_template_gives(built: PreTrainedTokenizerFast) -> None:
     """The training encoder (split by spaces) against the tokenizer on the same conversation."""
-    encode = train.Encoder(built)
+    encode = sequences.Encoder(built)
     for seed in range(20):
-        sequence = train.team_sequence(random.Random(seed), train.CURRICULUM[-1], encode)
+        sequence = sequences.team_sequence(random.Random(seed), train.CURRICULUM[-1], 1024, encode)
         text = built.decode(sequence.ids)
         assert built(text, add_special_tokens=False).input_ids == sequence.ids
         assert len(sequence.ids) == len(sequence.weights)

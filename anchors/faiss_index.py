@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcomm.anchors.arrays_file import write_arrays
+from kvcomm.anchors.flat import SPARE, compare
 from kvcomm.anchors.index import KIND, Found, read_index, searchable
-from kvcomm.anchors.lists import SPARE, Lists, Sizing, compare
+from kvcomm.anchors.lists import Lists, Sizing
 from kvcomm.anchors.rows import Ids, Matrix, Rows, usable
 from kvcomm.errors import CacheFault
 
@@ -25,7 +26,7 @@ _QUERIES = 1 << 12  # queries at a time
 
 
 class FaissIndex:
-    """An `Index` that is exact up to `sizing.flat_limit` rows and finds `sizing.recall` of the true neighbours above.
+    """An `Index` that is exact up to `sizing.flat_limit` rows and finds about `sizing.recall` of the true neighbours above.
 
     How many lists a search reads is set when they are learned, from the rows themselves: so many that this share of the
     neighbours of sampled rows lies in them. Lists are learned anew after as many changes as there were rows then, and when
@@ -147,10 +148,10 @@ class FaissIndex:
     def _nearest(self, queries: Matrix, k: int) -> tuple[Ids, Matrix]:
         rows = self._rows
         if self._lists is None:
-            return rows.nearest_of(queries, compare(queries, rows.matrix, k + SPARE), k)
+            return rows.nearest_of(queries, compare(queries, rows.matrix, k), k)
         ids, distances = rows.nearest_of(queries, self._lists.candidates(queries, k + SPARE), k)
         short = ids[:, min(k, len(rows)) - 1] < 0  # the lists read hold fewer than k rows
         if short.any():
-            slots = compare(queries[short], rows.matrix, k + SPARE)
+            slots = compare(queries[short], rows.matrix, k)
             ids[short], distances[short] = rows.nearest_of(queries[short], slots, k)
         return ids, distances

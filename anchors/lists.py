@@ -16,14 +16,13 @@ import faiss
 import numpy as np
 
 from kvcomm.anchors.arrays_file import Arrays
+from kvcomm.anchors.flat import compare
 from kvcomm.anchors.rows import Matrix, Rows, Slots, apart_from, usable
 from kvcomm.errors import InputError
 
-__all__ = ["SPARE", "Lists", "Sizing", "compare"]
+__all__ = ["Lists", "Sizing"]
 
-SPARE = 8  # candidates beyond k that are re-ranked: codes order nearly like the rows
-
-_BLOCK = 1 << 16  # rows compared or encoded at a time
+_BLOCK = 1 << 16  # rows encoded at a time
 _LIMIT = 30_000.0  # of a scaled value: the difference of two fits into fp16
 
 
@@ -35,7 +34,7 @@ class Sizing:
     lists_per_root: float = 3.0  # lists = this * sqrt(rows)
     sample: int = 32  # rows per list that the centroids are learned from
     iterations: int = 8  # of k-means
-    recall: float = 0.98  # share of true neighbours in the lists that are searched; 1: all lists are searched
+    recall: float = 0.99  # share of true neighbours in the lists that are searched; 1: all lists are searched
     neighbours: int = 8  # the k that `recall` is for
     seed: int = 0
 
@@ -47,17 +46,6 @@ class Sizing:
             raise InputError(f"flat_limit is {self.flat_limit}; it must be at least 0")
         if not 0 < self.recall <= 1:
             raise InputError(f"recall is {self.recall}; it must be above 0 and at most 1")
-
-
-def compare(queries: Matrix, matrix: Matrix, k: int) -> Slots:
-    """[queries, k or more] slots; the nearest of all rows are among them. Fewer only where there are fewer rows."""
-    found: list[Slots] = [np.empty((len(queries), 0), dtype=np.int64)]
-    for start in range(0, len(matrix), _BLOCK):
-        block = matrix[start : start + _BLOCK]
-        origin = block.mean(axis=0)  # faiss may expand |q - r|**2, which a common offset would make imprecise
-        _, slots = faiss.knn(queries - origin, block - origin, min(k, len(block)))
-        found.append(slots + start)
-    return np.concatenate(found, axis=1)
 
 
 class Lists:
@@ -175,7 +163,7 @@ class Lists:
         A neighbour is found when its list is read, so the rank of its list among those of the query is all that counts.
         """
         queries = matrix[sample]
-        slots = compare(queries, matrix, sizing.neighbours + 1 + SPARE)
+        slots = compare(queries, matrix, sizing.neighbours + 1)
         apart = np.where(slots == sample[:, None], np.float32(np.inf), apart_from(queries, matrix, slots))
         k = min(sizing.neighbours, len(matrix) - 1)
         near = np.take_along_axis(slots, np.argsort(apart, axis=1)[:, :k], 1)

@@ -15,7 +15,7 @@ Ids = npt.NDArray[np.int64]  # the caller's, 0 or larger
 Slots = npt.NDArray[np.int64]  # places in a `Rows`, -1 for none
 Matrix = npt.NDArray[np.float32]  # [rows, dim]
 
-_LARGEST = 2.0**125  # of a squared norm: a squared distance is at most four times that, and finite in float32
+_LARGEST = 2.0**120  # of a squared norm: what is computed from it stays finite in float32
 _ENTRY = 64  # bytes of the two integers of an entry of the dict
 
 
@@ -23,13 +23,13 @@ def usable(rows: npt.ArrayLike, dim: int, what: str) -> Matrix:
     """`rows` as contiguous float32 [n, dim], not copied where they are that already. InputError for a shape or value."""
     with np.errstate(over="ignore", invalid="ignore"):  # what does not fit becomes infinite, and is refused below
         matrix = np.ascontiguousarray(rows, dtype=np.float32)
-        squares = np.square(matrix).sum(axis=-1)
+        squares = np.einsum("...d,...d->...", matrix, matrix)
     if matrix.ndim != 2 or matrix.shape[1] != dim:
         raise InputError(f"{what} have shape {list(matrix.shape)}; this index takes [n, {dim}]")
     if not (squares < _LARGEST).all():
         bad = int(np.argmin(squares < _LARGEST))
         value = matrix[bad][np.argmax(np.where(np.isnan(matrix[bad]), np.inf, np.abs(matrix[bad])))]
-        raise InputError(f"row {bad} of the {what} holds {value:g}; values must be finite and a squared norm below 2**125")
+        raise InputError(f"row {bad} of the {what} holds {value:g}; values must be finite and a squared norm below 2**120")
     return matrix
 
 

@@ -136,13 +136,26 @@ def test_precise_far_from_the_origin_and_in_any_unit(make: Make, offset: float, 
     expect(index.search(queries, 6), dict(enumerate(data)), queries, 6)
 
 
-def test_huge_rows_do_not_blind_the_lists() -> None:
+@MAKES
+def test_huge_rows_do_not_blind_it_for_others(make: Make) -> None:
     data = clustered(500, 16, 8)
     data[::100] *= 1e12
-    index = divided(16)
+    index = make(16)
     index.add(range(500), data)
     queries = nearby(data[1:100], 30)
     expect(index.search(queries, 4), dict(enumerate(data)), queries, 4)
+
+
+@MAKES
+@pytest.mark.parametrize("rows", [600, 17_000])
+def test_nearly_equal_rows_far_from_each_others_centre(make: Make, rows: int) -> None:
+    """Where |q|**2 + |r|**2 - 2qr has no correct digit left; more of them than candidates, and in two blocks."""
+    rng = np.random.default_rng(4)
+    centres = 30 * rng.standard_normal((6, 16))
+    data = (centres[rng.integers(0, 6, rows)] + 1e-4 * rng.standard_normal((rows, 16))).astype(np.float32)
+    index = make(16)
+    index.add(range(rows), data)
+    expect(index.search(data[:40], 5), dict(enumerate(data)), data[:40], 5)
 
 
 @MAKES

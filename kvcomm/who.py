@@ -44,9 +44,9 @@ class Callers:
         self._lock = Lock()
 
     def who(self, agent: str | None = None, rule: Rule | None = None, tenant: str | None = None) -> Who | None:
-        """Who calls now, with what the call itself says instead; None where that cannot be known."""
+        """Who calls now, with what the call itself says instead; None where rule or tenant cannot be known."""
         said = self._said.get()
-        if said is None and self._acting and None in (agent, rule, tenant):
+        if said is None and self._acting and None in (rule, tenant):
             return None
         return (said or self._default).but(agent, rule, tenant)
 

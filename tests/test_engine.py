@@ -490,6 +490,26 @@ def test_a_returned_cache_is_what_generate_returns(
     assert torch.equal(*onward)
 
 
+def test_an_answer_that_ends_at_the_switch_of_its_rope(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Longrope with other tables beyond 40 tokens: 40 tokens are cached, and the end token, the 41st, was never fed back. What
+    is stored has the keys of a dense forward over the 40, and says so.
+    """
+    model = tiny_random("phi3-longrope", vocab_size=768)
+    comm = KVComm.from_model(model, tokenizer, config=Config())
+    words = tokenizer.encode(WORDS, add_special_tokens=False)
+    end = int(tokenizer.eos_token_id)
+    ids = torch.randint(20, 700, (1, 40 - len(words)), generator=torch.Generator().manual_seed(1))
+    with comm.attach():
+        said = generate(model, ids, max_new_tokens=99, eos_token_id=end, logits_processor=[Say([*words, end], ids.shape[1])])
+    assert said.shape[1] == 41
+    [segment] = [s for s in comm.store.segments() if s.start == ids.shape[1]]
+    kv = comm.store.get(segment.key)
+    assert kv is not None
+    assert (kv.length, segment.length, segment.exact) == (40, 1, True)
+    for keys, (k, _) in zip(kv.keys, dense_kv(model, ids[0].tolist(), words), strict=True):
+        torch.testing.assert_close(keys, k, atol=1e-4, rtol=1e-3)
+
+
 def test_streaming(comm: KVComm) -> None:
     whole = answer(comm, messages("clerk"))
     stream = comm.stream(messages("clerk"), max_new_tokens=12, do_sample=False)

@@ -12,7 +12,7 @@ from kvcomm.errors import InputError
 from kvcomm.who import Callers, Who
 
 
-def in_a_thread(callers: Callers, *said: str, inherit: bool = False) -> Who | None:
+def in_a_thread(callers: Callers, *said: str | None, inherit: bool = False) -> Who | None:
     found: list[Who | None] = []
 
     def look() -> None:
@@ -41,7 +41,7 @@ def test_what_is_said_last_counts_and_the_rest_is_inherited() -> None:
 
 
 def test_threads() -> None:
-    """One without context is the default, but nobody while somebody acts; unless the call itself says everything."""
+    """One without context is the default, but nobody while somebody acts; unless the call itself says what matters."""
     callers = Callers()
     with callers.unless_said(Who("writer")):
         assert in_a_thread(callers) == Who("writer")
@@ -49,6 +49,7 @@ def test_threads() -> None:
             assert in_a_thread(callers) is None
             assert in_a_thread(callers, "clerk", "auto") is None
             assert in_a_thread(callers, "clerk", "auto", "x") == Who("clerk", "auto", "x")
+            assert in_a_thread(callers, None, "auto", "x") == Who("writer", "auto", "x")
             assert in_a_thread(callers, inherit=True) == Who("judge", "auto", "x")
         assert in_a_thread(callers) == Who("writer")
     assert in_a_thread(callers) == Who()

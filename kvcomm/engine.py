@@ -1,7 +1,8 @@
 """The life of one request: match -> plan -> assemble -> run -> learn.
 
-The engine owns its store and its index of known text; both are passed in. It never lets a cache fault reach the caller:
-whatever goes wrong with stored KV, the request is answered densely, the fault is counted, and the report says why.
+The engine owns its store and its index of known text; both are passed in. It never lets a fault of its own reach the caller:
+whatever goes wrong with stored KV or on the way to the first token, the request is answered densely, by plain generate if need
+be, the fault is counted, and the report says why.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from kvcomm.call import Call
 from kvcomm.config import Config
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.learning import Learner
@@ -26,9 +28,11 @@ from kvcomm.matching import Match, TextIndex
 from kvcomm.metrics import Counters
 from kvcomm.policy import Rule
 from kvcomm.policy import plan as make_plan
-from kvcomm.segments import Ids, Plan, ReuseReport, SegmentKV, Span, SpanReport
+from kvcomm.request import Request
+from kvcomm.segments import Plan, ReuseReport, SegmentKV, Span
 from kvcomm.store.memory import MemoryStore
 from kvcomm.streaming import Stream
+from kvcomm.who import Callers, Who
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,23 +44,9 @@ if TYPE_CHECKING:
 __all__ = ["KVComm", "Output", "Prompt", "Rule", "Who"]
 
 Prompt = str | Sequence[Mapping[str, str]]
+ROOM = 256  # new tokens that a cache has room for from the start; it grows
+NOBODY_KNOWS = "nobody knows who asks: acting() is open, and this thread was started without its context"
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Who:
-    """On whose behalf a request runs. Nothing crosses tenants; rule `exact` reuses exact prefixes only."""
-
-    agent: str = ""
-    rule: Rule = "auto"
-    tenant: str = ""
-
-    def __post_init__(self) -> None:
-        if self.rule not in ("auto", "exact"):
-            raise InputError(f"rule is {self.rule!r} for agent {self.agent!r}; use auto or exact")
-
-
-NOBODY = Who()
 
 
 @dataclass(frozen=True)
@@ -73,22 +63,6 @@ class _Poisoned(CacheFault):
     """The first logits were not numbers: some stored KV was not either."""
 
 
-@dataclass
-class _Request:
-    """Times of one request, in seconds since `began`."""
-
-    who: Who
-    ids: Ids
-    began: float = field(default_factory=perf_counter)
-    matched: float | None = None
-    planned: float | None = None
-    assembled: float | None = None
-    first: float | None = None
-
-    def ms(self, a: float | None, b: float | None) -> float | None:
-        return None if a is None or b is None else (b - a) * 1e3
-
-
 class KVComm:
     """Shares the KV-cache of one model among the agents that use it. Safe to call from several threads: requests take turns."""
 
@@ -102,7 +76,8 @@ class KVComm:
         self.counters = Counters()
         self.reports: deque[ReuseReport] = deque(maxlen=1000)
         self._learner = Learner(backend, self.store, self.index, self.config)
-        self._who: ContextVar[Who] = ContextVar("kvcomm_who", default=NOBODY)
+        self._callers = Callers()
+        self._own_generate: Callable[..., Any] | None = None  # the model's, while attach() has replaced it
         self._lock = threading.RLock()
 
     @classmethod
@@ -158,55 +133,51 @@ class KVComm:
         self,
         prompt: Prompt,
         *,
-        agent: str = "",
-        rule: Rule = "auto",
-        tenant: str = "",
+        agent: str | None = None,
+        rule: Rule | None = None,
+        tenant: str | None = None,
         max_new_tokens: int = 256,
         **options: Any,
     ) -> Output:
-        """Answers one prompt; `options` go to the model's own `generate`. Raises InputError for an unusable prompt."""
-        ids = self.encode(prompt)
-        limit = self.backend.context_limit
-        if limit is not None and len(ids) + 1 > limit:
-            raise InputError(
-                f"the prompt has {len(ids)} tokens, the model's context {limit}; shorten the prompt to at most {limit - 1}"
-            )
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
-        inputs = torch.tensor([ids], device=self.backend.model.device)
-        model: Any = self.backend.model  # transformers leaves `generate` loosely typed
-        with self.acting(agent, rule=rule, tenant=tenant), self._lock:
-            sequences = self._generate(
-                model.generate,
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=max_new_tokens,
-                **options,
-            )
-            report = self.reports[-1]
-        new = sequences[0, len(ids) :].tolist()
-        tokenizer: Any = self.backend.tokenizer  # decodes one sequence to one text
-        text = tokenizer.decode(new, skip_special_tokens=True) if tokenizer else ""
-        assert report.ttft_ms is not None
-        return Output(text.strip(), new, report.ttft_ms, report)
+        """Answers one prompt; `options` go to the model's own `generate`. Who asks, where it is not given, is as `acting` and
+        `attach` say. Raises InputError for an unusable prompt.
+        """
+        who, ids = self._callers.who(agent, rule, tenant), self._usable(prompt, max_new_tokens)
+        return self._answer(ids, who, max_new_tokens=max_new_tokens, **options)
 
-    def stream(self, prompt: Prompt, **options: Any) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        agent: str | None = None,
+        rule: Rule | None = None,
+        tenant: str | None = None,
+        max_new_tokens: int = 256,
+        **options: Any,
+    ) -> Stream:
         """As `generate`, piece by piece: iterate for text, then read `.output`. An unusable prompt raises here, at once."""
-        self.encode(prompt)
-        return Stream(lambda streamer: self.generate(prompt, streamer=streamer, **options), self.backend.tokenizer)
+        who, ids = self._callers.who(agent, rule, tenant), self._usable(prompt, max_new_tokens)
+        return Stream(
+            lambda streamer: self._answer(ids, who, max_new_tokens=max_new_tokens, streamer=streamer, **options),
+            self.backend.tokenizer,
+        )
 
     @contextmanager
-    def acting(self, agent: str, *, rule: Rule = "auto", tenant: str = "") -> Iterator[None]:
-        """Says for whom the requests inside are made, for code that calls an attached model's `generate` itself."""
-        token = self._who.set(Who(agent, rule, tenant))
-        try:
+    def acting(self, agent: str | None = None, *, rule: Rule | None = None, tenant: str | None = None) -> Iterator[None]:
+        """Says for whom the requests inside are made, for code that calls an attached model's `generate` itself. Threads that
+        are started inside do not inherit it (use `contextvars.copy_context().run`, or `attach(agent=...)`): as long as any
+        such block is open, requests of threads that have none share nothing.
+        """
+        with self._callers.acting(agent, rule, tenant):
             yield
-        finally:
-            self._who.reset(token)
 
     @contextmanager
-    def attach(self, model: PreTrainedModel | None = None) -> Iterator[KVComm]:
-        """Within it, every `model.generate(...)`, whoever calls it, shares KV. Undone on exit, also after an exception."""
+    def attach(
+        self, model: PreTrainedModel | None = None, *, agent: str = "", rule: Rule = "auto", tenant: str = ""
+    ) -> Iterator[KVComm]:
+        """Within it, every `model.generate(...)`, whoever calls it, shares KV; on behalf of these, where `acting` says nothing
+        else. Undone on exit, also after an exception.
+        """
         own: Any = self.backend.model
         if model is not None and model is not own:
             raise InputError("attach() was given another model than this KVComm holds; use KVComm.from_model(model, tokenizer)")
@@ -215,54 +186,94 @@ class KVComm:
         original = own.generate
 
         def shared(*args: Any, **kwargs: Any) -> Any:
-            return self._generate(original, *args, **kwargs)
+            return self._generate(original, self._callers.who(), *args, **kwargs)[0]
 
-        own.generate = shared  # an instance attribute that hides the method until it is deleted
-        try:
-            yield self
-        finally:
-            del own.generate
+        with self._callers.unless_said(Who(agent, rule, tenant)):
+            own.generate, self._own_generate = shared, original  # an instance attribute hides the method until it is deleted
+            try:
+                yield self
+            finally:
+                del own.generate
+                self._own_generate = None
 
     # -- one request ----------------------------------------------------------------------------------------------------
 
-    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Serves one call of the model's own `generate`, which stays in charge of everything but the first forward."""
-        inputs: Any = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        who = self._who.get()
-        with self._lock:
-            refusal = "mode-off" if self.config.mode == "off" else self.backend.refusal(inputs, kwargs)
-            if refusal is not None:
-                return self._untouched(original, args, kwargs, inputs, who, refusal)
-            request = _Request(who, inputs[0].to("cpu", torch.int32).numpy())
-            plan = self._plan(request)
-            result, cache, plan = self._run(
-                request, plan, lambda cache: original(*args, **{**kwargs, "past_key_values": cache}), kwargs
+    def _usable(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
+        """Token ids of a prompt that can be answered; InputError where it cannot."""
+        ids, limit = self.encode(prompt), self.backend.context_limit
+        if limit is not None and len(ids) + 1 > limit:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, the model's context {limit}; shorten the prompt to at most {limit - 1}"
             )
-            report = self._report(request, plan)
-            started = perf_counter()
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+        return ids
+
+    def _answer(self, ids: list[int], who: Who | None, **options: Any) -> Output:
+        inputs = torch.tensor([ids], device=self.backend.model.device)
+        model: Any = self.backend.model  # transformers leaves `generate` loosely typed
+        original = self._own_generate or model.generate
+        result, report = self._generate(original, who, inputs, attention_mask=torch.ones_like(inputs), **options)
+        sequences = result if isinstance(result, torch.Tensor) else result.sequences
+        new = sequences[0, len(ids) :].tolist()
+        tokenizer: Any = self.backend.tokenizer  # decodes one sequence to one text
+        assert report.ttft_ms is not None
+        return Output(tokenizer.decode(new, skip_special_tokens=True).strip(), new, report.ttft_ms, report)
+
+    def _generate(self, original: Callable[..., Any], who: Who | None, *args: Any, **kwargs: Any) -> tuple[Any, ReuseReport]:
+        """Serves one call of the model's own `generate`, which stays in charge of everything but the first forward. `who` is
+        None where nobody knows.
+        """
+        began = perf_counter()
+        call = Call(original, args, kwargs)
+        with self._lock:
+            request, fault = Request(who or Who(), began), False
             try:
-                self._learner.learn(request.ids, plan, cache, result, who.agent, who.tenant)
-            except Exception as fault:  # noqa: BLE001  # learning is optional: the answer is already there
-                self._count_fault("learn", fault)
-            report = replace(report, learn_ms=(perf_counter() - started) * 1e3)
+                reason = self._refusal(call, who)
+                if reason is None:
+                    return self._share(request, call)
+            except Exception as error:
+                if request.first is not None:
+                    raise  # the caller's: there is an answer already, or a part of it
+                reason, fault = f"fault: {error!r}", True
+            done = self._plain(Request(request.who, began), call, call.start if fault else call.untouched, reason)
+            if fault:  # it was ours: plain generate came through
+                self._count_fault("shared", reason)
+            return done
+
+    def _refusal(self, call: Call, who: Who | None) -> str | None:
+        if self.config.mode == "off":
+            return "mode-off"
+        if who is None:
+            return NOBODY_KNOWS
+        return self.backend.refusal(call.prompt, call.options, call.options.get("generation_config"))
+
+    def _plain(self, request: Request, call: Call, start: Callable[[], Any], reason: str) -> tuple[Any, ReuseReport]:
+        """Plain generate, with the reason on record. Its time to first token is measured where hooks can see it."""
+        with self.backend.hooked(lambda _: request.mark_first()):
+            result = start()
+        tokens = int(call.prompt.shape[-1]) if isinstance(call.prompt, torch.Tensor) else 0
+        return result, self._recorded(request.report(Plan.dense(tokens, reason)))
+
+    def _share(self, request: Request, call: Call) -> tuple[Any, ReuseReport]:
+        request.ids = call.prompt[0].to("cpu", torch.int32).numpy()
+        result, cache, plan = self._run(request, self._plan(request), call)
+        report = request.report(plan)
+        started = perf_counter()
+        try:
+            self._learner.learn(request.ids, plan, cache, result, request.who.agent, request.who.tenant)
             if isinstance(result, torch.Tensor):  # else the caller may hold the cache
                 self.backend.release(cache)
-            self.reports.append(report)
-            self.counters.record(report)
-            return result
+        except Exception as fault:  # noqa: BLE001  # learning is optional: the answer is already there
+            self._count_fault("learn", fault)
+        return result, self._recorded(replace(report, learn_ms=(perf_counter() - started) * 1e3))
 
-    def _untouched(self, original: Callable[..., Any], args: Any, kwargs: Any, inputs: Any, who: Who, reason: str) -> Any:
-        """Plain generate, with the reason on record. Its time to first token is measured where hooks can see it."""
-        tokens = int(inputs.shape[-1]) if isinstance(inputs, torch.Tensor) else 0
-        request = _Request(who, np.zeros(tokens, dtype=np.int32))
-        with self.backend.hooked(lambda _: self._mark_first(request)):
-            result = original(*args, **kwargs)
-        report = self._report(request, Plan(tokens, (), np.arange(tokens), reason))
+    def _recorded(self, report: ReuseReport) -> ReuseReport:
         self.reports.append(report)
         self.counters.record(report)
-        return result
+        return report
 
-    def _plan(self, request: _Request) -> Plan:
+    def _plan(self, request: Request) -> Plan:
         who = request.who
         try:
             matches = self._matches(request)
@@ -270,25 +281,28 @@ class KVComm:
             plan = make_plan(len(request.ids), matches, self.config, who.rule)
         except Exception as fault:  # noqa: BLE001  # no plan is a dense answer, whatever went wrong
             self._count_fault("plan", fault)
-            plan = self._dense(request, f"fault: {fault}")
+            plan = Plan.dense(len(request.ids), f"fault: {fault}")
         request.planned = perf_counter()
         return plan
 
-    def _matches(self, request: _Request) -> list[Match]:
+    def _matches(self, request: Request) -> list[Match]:
         """Known runs whose KV is in the store; what the store has evicted since is forgotten here."""
         while True:
-            found = self.index.find(request.ids, fingerprint=self.backend.fingerprint, tenant=request.who.tenant)
+            found = self.index.find(
+                request.ids,
+                fingerprint=self.backend.fingerprint,
+                tenant=request.who.tenant,
+                same_tables=partial(self.backend.same_tables, len(request.ids)),
+            )
             gone = {match.segment.key for match in found if match.segment.key not in self.store}
             if not gone:
                 return found
             for key in gone:
                 self._learner.forget(key)
 
-    def _run(
-        self, request: _Request, plan: Plan, call: Callable[[SpanCache], Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, SpanCache, Plan]:
-        """Runs `call` on an assembled cache; densely where assembling fails or the first logits are not numbers."""
-        room = plan.length + int(kwargs.get("max_new_tokens") or 256)
+    def _run(self, request: Request, plan: Plan, call: Call) -> tuple[Any, SpanCache, Plan]:
+        """Starts `call` on an assembled cache; densely where assembling fails or the first logits are not numbers."""
+        room = plan.length + min(int(call.options.get("max_new_tokens") or ROOM), ROOM)
         if plan.spans:
             cache = self.backend.cache(room)
             try:
@@ -298,12 +312,12 @@ class KVComm:
                 self._count_fault("poisoned" if isinstance(fault, _Poisoned) else "assemble", fault)
                 for span in plan.spans:
                     self._learner.forget(span.segment.key)
-                plan = self._dense(request, f"fault: {fault}")
+                plan = Plan.dense(plan.length, f"fault: {fault}")
         cache = self.backend.cache(room)
         request.assembled = perf_counter()
         return self._forward(request, plan, call, cache), cache, plan
 
-    def _assemble(self, request: _Request, plan: Plan, cache: SpanCache) -> None:
+    def _assemble(self, request: Request, plan: Plan, cache: SpanCache) -> None:
         """Raises CacheFault whatever goes wrong."""
         stored: list[tuple[Span, SegmentKV]] = []
         try:
@@ -320,45 +334,15 @@ class KVComm:
             raise CacheFault(f"assembling failed: {fault!r}") from fault
         request.assembled = perf_counter()
 
-    def _forward(self, request: _Request, plan: Plan, call: Callable[[SpanCache], Any], cache: SpanCache) -> Any:
+    def _forward(self, request: Request, plan: Plan, call: Call, cache: SpanCache) -> Any:
         def first(logits: torch.Tensor) -> None:
             if plan.spans and bool(torch.isnan(logits).any()):
                 raise _Poisoned("the first logits hold NaN, so some reused KV did")
-            self._mark_first(request)
+            request.mark_first()
 
         with self.backend.hooked(first):
-            return call(cache)
+            return call.start(past_key_values=cache)
 
-    @staticmethod
-    def _mark_first(request: _Request) -> None:
-        if request.first is None:
-            request.first = perf_counter()
-
-    @staticmethod
-    def _dense(request: _Request, reason: str) -> Plan:
-        return Plan(len(request.ids), (), np.arange(len(request.ids)), reason)
-
-    def _count_fault(self, kind: str, fault: Exception) -> None:
+    def _count_fault(self, kind: str, fault: Exception | str) -> None:
         self.counters.fault(kind)
         log.warning("a %s fault, counted: %s", kind, fault)
-
-    def _report(self, request: _Request, plan: Plan) -> ReuseReport:
-        reports = []
-        for span in plan.spans:
-            again = int(np.searchsorted(plan.recompute, span.end) - np.searchsorted(plan.recompute, span.start))
-            reports.append(
-                SpanReport(span.start, span.end, span.rung, span.tokens - again, again, span.segment.producer, span.moved)
-            )
-        return ReuseReport(
-            agent=request.who.agent,
-            prompt_tokens=plan.length,
-            reused_tokens=plan.reused,
-            computed_tokens=len(plan.recompute),
-            spans=tuple(reports),
-            fallback=plan.fallback,
-            match_ms=request.ms(request.began, request.matched),
-            plan_ms=request.ms(request.matched, request.planned),
-            assemble_ms=request.ms(request.planned, request.assembled),
-            forward_ms=request.ms(request.assembled, request.first),
-            ttft_ms=request.ms(request.began, request.first),
-        )

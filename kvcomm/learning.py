@@ -31,20 +31,19 @@ class Learner:
 
     def learn(self, ids: Ids, plan: Plan, cache: SpanCache, result: Any, producer: str, tenant: str) -> None:
         """Deposits unknown runs of the prompt [tokens] and the answer of `result` (a tensor [rows, prompt + new] or an output
-        record that holds one). `cache` must still hold the request's KV. Raises CacheFault where the store refuses.
+        record that holds one). `cache` must still hold the request's KV; with a record it is the caller's too, and only read.
+        Raises CacheFault where the store refuses.
         """
         approximate_from = min((s.start for s in plan.spans if s.rung != "exact"), default=plan.length)
         for start, end in self._unknown(plan):
-            self._keep(
-                self._segment(ids[start:end], ids[:start], producer, tenant, start <= approximate_from),
-                cache,
-                start,
-                plan.length,
-            )
-        sequences = result if isinstance(result, torch.Tensor) else result.sequences
+            exact = start <= approximate_from
+            self._keep(self._segment(ids[start:end], ids[:start], producer, tenant, exact, plan.length), cache, plan.length)
+        ours = isinstance(result, torch.Tensor)
+        sequences = result if ours else result.sequences
         if len(sequences) == 1 and cache.rows == 1:
             generated = [int(t) for t in sequences[0, len(ids) :]]
-            self._keep_answer(ids, generated, cache, producer, tenant, exact=approximate_from == plan.length)
+            exact = approximate_from == plan.length
+            self._keep_answer(ids, generated, cache, producer, tenant, exact=exact, write=ours)
 
     def forget(self, key: str) -> None:
         self.store.remove(key)
@@ -55,21 +54,27 @@ class Learner:
         edges = [0, *(e for s in plan.spans for e in (s.start, s.end)), plan.length]
         return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a >= self.config.min_run]
 
-    def _segment(self, ids: Ids, context: Ids, producer: str, tenant: str, exact: bool) -> Segment:
-        return Segment(ids.copy(), context.copy(), self.backend.fingerprint, tenant, producer, exact)
+    def _segment(self, ids: Ids, context: Ids, producer: str, tenant: str, exact: bool, length: int) -> Segment:
+        tables = 1 if self.backend.same_tables(1, length) else length
+        return Segment(ids.copy(), context.copy(), self.backend.fingerprint, tenant, producer, exact, tables)
 
-    def _keep(self, segment: Segment, cache: SpanCache, start: int, length: int) -> None:
-        if segment.key in self.store:
-            return
-        kv = self.backend.read(cache, start, start + len(segment.ids), length)
-        if self.store.put(segment, kv):
-            for lost in self.index.add(segment):
-                self.store.remove(lost)
+    def _keep(self, segment: Segment, cache: SpanCache, length: int) -> None:
+        """`length`: tokens of the sequence that `cache` holds it of."""
+        if segment.key not in self.store:
+            kept = self.store.put(segment, self.backend.read(cache, segment.start, segment.start + len(segment.ids), length))
+            for evicted in kept.evicted:
+                self.index.remove(evicted)
+            if not kept:
+                return
+        for lost in self.index.add(segment):  # also where another engine has put it into the store
+            self.store.remove(lost)
 
     def _keep_answer(
-        self, prompt: Ids, generated: list[int], cache: SpanCache, producer: str, tenant: str, *, exact: bool
+        self, prompt: Ids, generated: list[int], cache: SpanCache, producer: str, tenant: str, *, exact: bool, write: bool
     ) -> None:
-        """The answer as its readers will encode it. What does not align, and the last sampled token, is computed here."""
+        """The answer as its readers will encode it. What does not align, and the last sampled token, is computed here: in
+        `cache` itself where nothing moves and it may be written to.
+        """
         tokenizer, start = self.backend.tokenizer, len(prompt)
         if tokenizer is None:
             return
@@ -77,18 +82,20 @@ class Learner:
         if len(canonical) < self.config.min_run:
             return
         alignment = align(generated, canonical, cached=len(generated) - 1)
-        segment = self._segment(np.asarray(canonical, dtype=np.int32), prompt, producer, tenant, exact and alignment.in_place)
+        held = start + len(generated) - 1
+        length = held if alignment.in_place else start + len(canonical)
+        answer = np.asarray(canonical, dtype=np.int32)
+        segment = self._segment(answer, prompt, producer, tenant, exact and alignment.in_place, length)
         if alignment.in_place:
-            self._keep(segment, cache, start, start + len(generated))
+            self._keep(segment, cache, held)
             return
-        length = start + len(canonical)
-        whole = torch.from_numpy(np.concatenate([prompt, segment.ids]).astype(np.int64))[None]
+        whole = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
         missing = torch.from_numpy(np.union1d(start + alignment.missing, [length - 1]))
         target = cache
-        if any(b.generated != b.canonical for b in alignment.blocks):
+        if not write or any(b.generated != b.canonical for b in alignment.blocks):
             target = self._moved(cache, prompt, generated, alignment, length)
         self.backend.run(target, whole, missing)
-        self._keep(segment, target, start, length)
+        self._keep(segment, target, length)
         if target is not cache:
             self.backend.release(target)
 

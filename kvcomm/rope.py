@@ -51,6 +51,7 @@ class Rope:
         per_type = "layer_type" in inspect.signature(inspect.unwrap(type(rotary).forward)).parameters
         self.types: tuple[str | None, ...] = tuple(layer_types) if per_type and layer_types else (None,) * layers
         self.rotates = (True,) * layers
+        self._by_halves = False  # until `calibrate` finds that `_half_turn` does what the model's function does
         self._halves = 1  # 2 where a table holds each frequency once for two elements (gpt_oss)
         self._lock = threading.Lock()
         self.follows_length = True
@@ -94,8 +95,13 @@ class Rope:
             return
         cos, sin = (x.to(keys.device) for x in turn[self.types[layer]])
         rotary_dim = cos.shape[-1] * self._halves
-        x = keys[None, ..., :rotary_dim].float()
-        out[..., :rotary_dim] = self._apply(x[:, :0], x, cos, sin)[1][0]  # no queries to rotate: zero heads of them
+        x = keys[..., :rotary_dim].float()
+        if self._by_halves:
+            _half_turn(x, cos, sin, out)
+        else:
+            out[..., :rotary_dim] = self._apply(x[None, :0], x[None], cos, sin)[1][
+                0
+            ]  # no queries to rotate: zero heads of them
         out[..., rotary_dim:] = keys[..., rotary_dim:]
 
     def calibrate(self, near: Sequence[Tensor], far: Sequence[Tensor], turn: Tables) -> None:
@@ -114,13 +120,32 @@ class Rope:
             within = tolerance(near[0].dtype)
             self.rotates = tuple(s > within for s in still)
             if any(self.rotates) and all(s <= within or e <= within for s, e in zip(still, errors, strict=True)):
+                self._by_halves = self._halves == 1 and all(self._same_by_halves(*table) for table in turn.values())
                 return
         raise UnsupportedModel("its keys at another position are not the rotated keys of this one")
+
+    def _same_by_halves(self, cos: Tensor, sin: Tensor) -> bool:
+        """Whether the model's function turns random keys as `_half_turn` does."""
+        x = torch.randn(2, *cos.shape[1:], generator=torch.Generator().manual_seed(0)).to(cos.device)
+        lean = torch.empty_like(x)
+        _half_turn(x, cos, sin, lean)
+        return relative(lean, self._apply(x[None, :0], x[None], cos, sin)[1][0]) < 1e-6
 
     def _error(self, layer: int, near: Tensor, far: Tensor, turn: Tables) -> float:
         moved = torch.empty_like(near, dtype=torch.float32)
         self.rotate(layer, near, turn, moved)
         return relative(moved, far)
+
+
+def _half_turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """The common layout, first half against second, written into `out` in a third of the time that the usual function takes.
+
+    x float32 [heads, tokens, rotary_dim]; cos, sin [1, tokens, rotary_dim], their halves equal.
+    """
+    half = x.shape[-1] // 2
+    a, b, c, s = x[..., :half], x[..., half:], cos[..., :half], sin[..., :half]
+    out[..., :half] = torch.addcmul(a * c, b, s, value=-1)
+    out[..., half : 2 * half] = torch.addcmul(b * c, a, s)
 
 
 def reach(config: PreTrainedConfig) -> int | None:

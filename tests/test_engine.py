@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcomm.config import Config
 from kvcomm.engine import KVComm, Output
@@ -177,15 +177,35 @@ def test_empty_prompt(comm: KVComm, prompt: Any) -> None:
 
 
 def test_prompt_over_the_context(comm: KVComm) -> None:
-    with pytest.raises(InputError, match=r"700 tokens.*600"):
-        comm.generate(" bob" * 700)
+    for ask in (comm.generate, comm.stream):
+        with pytest.raises(InputError, match=r"700 tokens.*600"):
+            ask(" bob" * 700)
+
+
+def test_a_rope_that_reaches_beyond_its_training_length(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A dynamic rope made for 40 tokens; the prompt has over 60."""
+    model = tiny_random("llama-dynamic", vocab_size=768)
+    comm = KVComm.from_model(model, tokenizer, config=Config())
+    expected = plain(model, comm.encode(messages("clerk")))
+    out = answer(comm, messages("clerk"))
+    assert out.token_ids == expected
+    assert out.report.prompt_tokens > 60
+
+
+def test_records_instead_of_tensors(comm: KVComm, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for with the call, or by the checkpoint: generate then returns a record, whose sequences are the answer."""
+    expected = plain(model, comm.encode(messages("clerk")))
+    assert answer(comm, messages("clerk"), return_dict_in_generate=True).token_ids == expected
+    monkeypatch.setattr(model.generation_config, "return_dict_in_generate", True)
+    assert answer(comm, messages("clerk")).token_ids == expected
 
 
 def test_unusable_options(comm: KVComm) -> None:
-    with pytest.raises(InputError, match="max_new_tokens is 0"):
-        comm.generate("bob", max_new_tokens=0)
-    with pytest.raises(InputError, match="rule is 'sometimes'"):
-        comm.generate("bob", rule="sometimes")  # type: ignore[arg-type]  # that is the point
+    for ask in (comm.generate, comm.stream):
+        with pytest.raises(InputError, match="max_new_tokens is 0"):
+            ask("bob", max_new_tokens=0)
+        with pytest.raises(InputError, match="rule is 'sometimes'"):
+            ask("bob", rule="sometimes")  # type: ignore[arg-type]  # that is the point
 
 
 def test_one_token(comm: KVComm, model: PreTrainedModel) -> None:
@@ -300,6 +320,28 @@ def test_evicted_text_is_found_no_more(comm: KVComm) -> None:
     assert "kvcomm_faults_total{" not in comm.counters.render()
 
 
+def test_what_the_store_evicts_is_forgotten(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Prompts of three tenants, of which the store has room for one."""
+    comm = KVComm.from_model(model, tokenizer, config=Config(store_bytes=120_000))
+    for tenant in "abc":
+        answer(comm, messages("clerk"), tenant=tenant)
+    assert comm.store.stats().evicted > 0
+    assert all(s.key in comm.index for s in comm.store.segments())
+    assert len(comm.index) == len(comm.store.segments())
+    comm.index.check_integrity()
+
+
+def test_two_engines_on_one_store(comm: KVComm, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What the other one has put there, and this one computes too, is known here from then on."""
+    other = KVComm.from_model(model, tokenizer, config=Config(), store=comm.store)
+    answer(comm, messages("clerk"))
+    kept = comm.store.stats().objects
+    assert answer(other, messages("clerk")).report.reused_tokens == 0
+    assert comm.store.stats().objects == kept
+    assert answer(other, messages("clerk")).report.reused_tokens > 0
+    other.index.check_integrity()
+
+
 def test_null_store(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     comm = KVComm.from_model(model, tokenizer, config=Config(), store=NullStore())
     for _ in range(2):
@@ -322,6 +364,15 @@ def test_attach_is_plain_generate_with_nothing_to_reuse(comm: KVComm, model: Pre
     with comm.attach(model):
         assert plain(model, ids) == expected
     assert len(comm.reports) == 1
+
+
+def test_generate_inside_attach_is_one_request(comm: KVComm, model: PreTrainedModel) -> None:
+    with comm.attach(model):
+        out = answer(comm, messages("clerk"), agent="clerk")
+        again = answer(comm, messages("clerk"), agent="clerk")
+    assert [r.fallback for r in comm.reports] == ["nothing-known", None]
+    assert [out.report, again.report] == list(comm.reports)
+    assert out.token_ids == again.token_ids == plain(model, comm.encode(messages("clerk")))
 
 
 def test_attach_undoes_itself(comm: KVComm, model: PreTrainedModel) -> None:
@@ -360,6 +411,19 @@ def test_attach_knows_who_asks(comm: KVComm, model: PreTrainedModel) -> None:
     assert {s.tenant for s in comm.store.segments()} == {"x"}
 
 
+def test_who_asks_is_inherited(comm: KVComm) -> None:
+    """By generate and stream inside acting, as far as they say nothing else."""
+    with comm.acting("critic", rule="exact", tenant="x"):
+        answer(comm, messages("clerk"))
+        assert answer(comm, messages("analyst")).report.agent == "critic"
+        assert all(s.rung == "exact" for s in comm.reports[-1].spans)
+        stream = comm.stream(messages("analyst"), rule="auto", max_new_tokens=4, do_sample=False)
+        assert stream.output.report.reused_tokens > 0
+        assert answer(comm, messages("clerk"), agent="clerk", tenant="y").report.fallback == "nothing-known"
+    assert [r.agent for r in comm.reports] == ["critic", "critic", "critic", "clerk"]
+    assert {s.tenant for s in comm.store.segments()} == {"x", "y"}
+
+
 def test_refused_calls_are_left_alone(comm: KVComm, model: PreTrainedModel) -> None:
     ids = torch.tensor([comm.encode(messages("clerk"))] * 2)
     with comm.attach(model):
@@ -380,6 +444,72 @@ def test_returned_cache_stays_the_callers(comm: KVComm, model: PreTrainedModel) 
     assert torch.equal(out.past_key_values.layers[0].keys, before)
 
 
+class Say(LogitsProcessor):
+    """The model says just these tokens after a prompt of that length."""
+
+    def __init__(self, tokens: list[int], after: int) -> None:
+        self.tokens, self.after = tokens, after
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        only = torch.full_like(scores, -torch.inf)
+        only[:, self.tokens[input_ids.shape[1] - self.after]] = 0
+        return only  # type: ignore[return-value]  # a float tensor
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["dense", "shared"])
+def test_a_returned_cache_is_what_generate_returns(
+    comm: KVComm, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: bool
+) -> None:
+    """An answer that is learned, and whose last token has no KV yet: tokens, length and contents of the cache, and what
+    follows when it is continued, against transformers alone.
+    """
+    words = tokenizer.encode(WORDS, add_special_tokens=False)
+    ids = torch.tensor([comm.encode(messages("clerk"))])
+    options: dict[str, Any] = {
+        "max_new_tokens": len(words),
+        "do_sample": False,
+        "logits_processor": [Say(words, ids.shape[1])],
+        "return_dict_in_generate": True,
+    }
+    expected = generate(model, ids, **options)
+    if known:
+        answer(comm, messages("clerk"))
+    with comm.attach(model):
+        ours = generate(model, ids, **options)
+    assert bool(comm.reports[-1].reused_tokens) == known
+    assert any(s.start == ids.shape[1] and s.ids.tolist() == words for s in comm.store.segments()), "the answer was learned"
+    assert torch.equal(ours.sequences, expected.sequences)
+    assert ours.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length() == ids.shape[1] + len(words) - 1
+    for a, b in zip(ours.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a.values, b.values, rtol=1e-3, atol=1e-4)
+    onward = [
+        generate(model, out.sequences, past_key_values=out.past_key_values, max_new_tokens=8, do_sample=False)
+        for out in (ours, expected)
+    ]
+    assert torch.equal(*onward)
+
+
+def test_an_answer_that_ends_at_the_switch_of_its_rope(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Longrope with other tables beyond 40 tokens: 40 tokens are cached, and the end token, the 41st, was never fed back. What
+    is stored has the keys of a dense forward over the 40, and says so.
+    """
+    model = tiny_random("phi3-longrope", vocab_size=768)
+    comm = KVComm.from_model(model, tokenizer, config=Config())
+    words = tokenizer.encode(WORDS, add_special_tokens=False)
+    end = int(tokenizer.eos_token_id)
+    ids = torch.randint(20, 700, (1, 40 - len(words)), generator=torch.Generator().manual_seed(1))
+    with comm.attach():
+        said = generate(model, ids, max_new_tokens=99, eos_token_id=end, logits_processor=[Say([*words, end], ids.shape[1])])
+    assert said.shape[1] == 41
+    [segment] = [s for s in comm.store.segments() if s.start == ids.shape[1]]
+    kv = comm.store.get(segment.key)
+    assert kv is not None
+    assert (kv.length, segment.length, segment.exact) == (40, 1, True)
+    for keys, (k, _) in zip(kv.keys, dense_kv(model, ids[0].tolist(), words), strict=True):
+        torch.testing.assert_close(keys, k, atol=1e-4, rtol=1e-3)
+
+
 def test_streaming(comm: KVComm) -> None:
     whole = answer(comm, messages("clerk"))
     stream = comm.stream(messages("clerk"), max_new_tokens=12, do_sample=False)
@@ -389,12 +519,28 @@ def test_streaming(comm: KVComm) -> None:
     assert stream.output.report.reused_tokens > 0
 
 
-def test_streaming_errors(comm: KVComm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streaming_encodes_once(comm: KVComm, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[Any] = []
+    encode = comm.encode
+
+    def counting(prompt: Any) -> list[int]:
+        encoded.append(prompt)
+        return encode(prompt)
+
+    monkeypatch.setattr(comm, "encode", counting)
+    list(comm.stream("bob", max_new_tokens=2))
+    assert encoded == ["bob"]
+
+
+def test_streaming_errors(comm: KVComm) -> None:
     with pytest.raises(InputError):
         comm.stream("")
-    monkeypatch.setattr(comm, "generate", lambda *a, **k: 1 / 0)
+
+    def explode(*_: object) -> torch.Tensor:
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        list(comm.stream("bob"))
+        list(comm.stream("bob", logits_processor=[explode]))
 
 
 def test_requests_from_several_threads(comm: KVComm, model: PreTrainedModel) -> None:

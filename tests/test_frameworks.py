@@ -74,6 +74,29 @@ def test_smolagents() -> None:
     shares(ask, wrapped.model, wrapped.tokenizer)
 
 
+def test_smolagents_streams_from_a_thread() -> None:
+    """It starts one without the caller's context: what `attach` says counts there, and nothing is shared inside `acting`."""
+    from smolagents import TransformersModel
+
+    wrapped = TransformersModel(
+        model_id=str(FOLDER), device_map="cpu", torch_dtype="float32", max_new_tokens=24, do_sample=False
+    )
+
+    def ask(role: str) -> str:
+        asked = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages(role)]
+        return "".join(delta.content or "" for delta in wrapped.generate_stream(asked))
+
+    expected = [ask("clerk"), ask("analyst")]
+    comm = KVComm.from_model(wrapped.model, wrapped.tokenizer, config=Config())
+    with comm.attach(wrapped.model, agent="team", tenant="x"):
+        assert [ask("clerk"), ask("analyst")] == expected
+        with comm.acting("analyst", tenant="y"):
+            assert ask("analyst") == expected[1]
+    assert [(r.agent, bool(r.reused_tokens)) for r in comm.reports] == [("team", False), ("team", True), ("", False)]
+    assert (comm.reports[-1].fallback or "").startswith("nobody knows")
+    assert {s.tenant for s in comm.store.segments()} == {"x"}
+
+
 def test_langchain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     from langchain_core.messages import HumanMessage, SystemMessage
     from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline

@@ -186,3 +186,14 @@ def test_tolerance_is_some_roundings_and_nan_is_never_within() -> None:
     assert tolerance(torch.float32) == 1e-5
     assert 0.02 < tolerance(torch.bfloat16) < 0.05
     assert not relative(torch.tensor([torch.nan]), torch.ones(1)) <= 1e30
+
+
+@pytest.mark.parametrize(("family", "halves"), [("llama", True), ("phi3", True), ("gpt_neox", True), ("glm", False)])
+def test_the_short_way_of_turning_is_taken_where_it_is_the_models_own(family: str, halves: bool) -> None:
+    """Keys turned the short way against the same keys turned by the model's function; which one is taken is decided at load."""
+    rope = HFBackend(tiny_random(family)).rope
+    assert rope._by_halves is halves
+    old, new = torch.arange(5), torch.arange(20, 25)
+    taken = moved(rope, 0, random_keys(5), old, new)
+    rope._by_halves = False
+    assert torch.allclose(taken, moved(rope, 0, random_keys(5), old, new), atol=1e-6)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kvcomm.backends import grouped
 from kvcomm.backends.one_pass import OnePass
 from kvcomm.backends.pre_rope import correct, plain
 from kvcomm.backends.probe import probe
@@ -43,6 +44,8 @@ class HFBackend:
         self.rope, self.shapes = probe(model)
         self._config = model.config.get_text_config(decoder=True)
         self._rotary: nn.Module = model.get_decoder().rotary_emb
+        grouped.register()
+        self._masked = grouped.NAME if grouped.fits(model) else "sdpa"
         self._watch = Watch(model)
         self._pool = BufferPool(self.shapes)
         self._armed: dict[int, SpanCache] = {}  # thread -> the cache it armed last
@@ -145,7 +148,8 @@ class HFBackend:
             raise CacheFault(f"keys with the rotary tables of {cache.made_at} tokens do not fit a sequence of {tokens}")
         device = self.model.device
         cache.set_length(tokens - 1)
-        cache.armed = OnePass(self._config, cache, ids.to(device), recompute.to(device), self.shapes[0].dtype)
+        dtype = self.shapes[0].dtype
+        cache.armed = OnePass(self._config, cache, ids.to(device), recompute.to(device), dtype, self._masked)
         self._armed[threading.get_ident()] = cache
 
     @contextmanager

@@ -33,15 +33,19 @@ class OnePass:
     ids: Tensor  # [1, tokens]
     recompute: Tensor  # [r] int64, on the device of ids
     dtype: torch.dtype  # of the mask
+    masked: str = "sdpa"  # attention that can mask by position, in place of sdpa and of those that cannot
     rows: int = 1
     begun: bool = False
     swapped: str | None = None  # the attention to put back
 
     @property
     def start(self) -> int:
-        """The first recomputed token if all behind it are recomputed too, else -1: then the forward appends like any other."""
+        """The first recomputed token if all behind it are recomputed too, else -1: then the forward appends like any other.
+        -1 also where `masked` spares the copy of all keys per query head that several appended tokens cost under sdpa.
+        """
         first, tokens = int(self.recompute[0]), self.ids.shape[1]
-        return first if len(self.recompute) == tokens - first else -1
+        grouped = self.config._attn_implementation == "sdpa" != self.masked and len(self.recompute) > 1
+        return first if len(self.recompute) == tokens - first and not grouped else -1
 
     def begin(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of the forward that is now the pass. Drafted tokens behind the prompt (assisted decoding) come along."""
@@ -65,8 +69,8 @@ class OnePass:
             return out
         self.cache.set_length(total, at)
         attention = self.config._attn_implementation
-        if attention.startswith(("flash", "flex")):  # these cannot mask by position
-            self.swapped, self.config._attn_implementation = attention, "sdpa"
+        if attention.startswith(("sdpa", "flash", "flex")):  # the last two cannot mask by position
+            self.swapped, self.config._attn_implementation = attention, self.masked
         return {**out, "attention_mask": masks(self.config, at, total, self.dtype)}
 
     def end(self, logits: Tensor) -> Tensor:

@@ -1,0 +1,57 @@
+"""What is written down about one request while it runs, and the report that comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+
+from kvcomm.segments import Ids, Plan, ReuseReport, SpanReport
+from kvcomm.who import Who
+
+__all__ = ["Request"]
+
+
+@dataclass
+class Request:
+    """Moments are in seconds of `perf_counter`; None: it did not come to that."""
+
+    who: Who
+    began: float  # the call
+    turn: float = field(default_factory=perf_counter)  # no other request runs any more
+    ids: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    matched: float | None = None
+    planned: float | None = None
+    assembled: float | None = None
+    first: float | None = None  # the first token's logits
+
+    def mark_first(self) -> None:
+        if self.first is None:
+            self.first = perf_counter()
+
+    def report(self, plan: Plan) -> ReuseReport:
+        """What came of it, served by `plan`."""
+        spans = []
+        for span in plan.spans:
+            again = int(np.searchsorted(plan.recompute, span.end) - np.searchsorted(plan.recompute, span.start))
+            spans.append(
+                SpanReport(span.start, span.end, span.rung, span.tokens - again, again, span.segment.producer, span.moved)
+            )
+        return ReuseReport(
+            agent=self.who.agent,
+            prompt_tokens=plan.length,
+            reused_tokens=plan.reused,
+            computed_tokens=len(plan.recompute),
+            spans=tuple(spans),
+            fallback=plan.fallback,
+            match_ms=_ms(self.turn, self.matched),
+            plan_ms=_ms(self.matched, self.planned),
+            assemble_ms=_ms(self.planned, self.assembled),
+            forward_ms=_ms(self.assembled, self.first),
+            ttft_ms=_ms(self.began, self.first),
+        )
+
+
+def _ms(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else (b - a) * 1e3

@@ -21,6 +21,7 @@ from kvcomm.tiny import tasks
 
 __all__ = ["ARMS", "Arm", "Call", "arms", "run"]
 
+STORE_BYTES = 1 << 29  # per arm: more than the requests that text is shared within
 ARMS = ("dense", "prefix_cache", "shared", "rotate")
 
 
@@ -58,9 +59,9 @@ def arms(backend: Backend) -> dict[str, Arm]:
     """Fresh engines, one per arm."""
     return {
         "dense": Arm(KVComm(backend, config=Config(mode="off"))),
-        "prefix_cache": Arm(KVComm(backend, config=Config()), "exact"),
-        "shared": Arm(KVComm(backend, config=Config())),
-        "rotate": Arm(KVComm(backend, config=Config(rung="rotate", max_recompute=1.0))),
+        "prefix_cache": Arm(KVComm(backend, config=Config(store_bytes=STORE_BYTES)), "exact"),
+        "shared": Arm(KVComm(backend, config=Config(store_bytes=STORE_BYTES))),
+        "rotate": Arm(KVComm(backend, config=Config(rung="rotate", max_recompute=1.0, store_bytes=STORE_BYTES))),
     }
 
 

@@ -1,0 +1,109 @@
+"""Ridge regression of the deviation on base K/V, context and position: per slot and layer, fitted as anchors come.
+
+Only running sums are kept, so cost and memory do not grow with what was learned. With `share`, a slot's own regression is drawn
+towards that of all slots together instead of towards 0: slots with few anchors live on the others', those with many differ.
+Sums and solving are in float64; both happen in `learn` and `forget`. Estimating is two thin products per layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcomm.anchors.anchor import Anchor
+from kvcomm.errors import InputError
+from kvcomm.estimators.base import Estimate, Place
+from kvcomm.estimators.features import Seen, Sight
+from kvcomm.estimators.observed import observed
+from kvcomm.estimators.regressions import Regressions, Rules
+from kvcomm.plain import PlainKV
+
+__all__ = ["Ridge"]
+
+
+class Ridge:
+    """None below `min_anchors`: of the slot, with `share` of all slots.
+
+    Doubt: the residual of each layer, scaled by how wrong estimates were for tokens like this one before they were learned
+    (a regression of its own, on the same features) and by how unusual the token is (leverage).
+    """
+
+    name = "ridge"
+
+    def __init__(
+        self,
+        lam: float = 0.35,  # penalty on weights of standardised features, times their number; the same for few and many tokens
+        rank: int = 64,  # of the map from features to deviations
+        share: bool = False,
+        slot_lam: float = 5.0,  # with `share`: the same penalty on differing from all slots together
+        context_weight: float = 0.3,  # of a context feature against one of the base
+        width: int = 256,  # features of the keys, and of the values, of a layer
+        context_width: int = 256,
+        min_anchors: int = 5,
+        growth: float = 1.25,  # solved again when the anchors that came or left are (growth - 1) of those it was solved for
+    ) -> None:
+        if not (min(lam, slot_lam, context_weight) > 0 and min(rank, width, context_width, min_anchors, growth) >= 1):
+            raise InputError(
+                f"lam is {lam}, slot_lam {slot_lam}, context_weight {context_weight}: all must be positive; rank is {rank}, "
+                f"width {width}, context_width {context_width}, min_anchors {min_anchors}, growth {growth}: all at least 1"
+            )
+        self._sight = Sight(width, context_width)
+        rules = Rules(lam, slot_lam if share else None, rank, context_weight, min_anchors, growth)
+        self._regressions = Regressions(rules)
+        self._learned: dict[str, Tensor] = {}  # by key [layers, tokens]: what `_surprise` gave
+
+    def learn(self, anchor: Anchor, base: PlainKV, deviation: PlainKV) -> None:
+        whole = base.finite() and deviation.finite() and bool(torch.isfinite(anchor.context).all())
+        if anchor.key in self._learned or not whole:
+            return
+        seen = self._sight.see(base, anchor.context)
+        surprise = self._learned[anchor.key] = self._surprise(anchor.slot, seen, deviation)
+        layers = range(deviation.layers)
+        kinds = [(deviation.keys[i].shape[1], deviation.values[i].shape[1]) for i in layers]
+        xs, ys = [seen.x(i) for i in layers], _targets(deviation, surprise)
+        self._regressions.add(anchor.slot, [seen.groups(i) for i in layers], kinds, xs, ys)
+
+    def forget(self, anchor: Anchor) -> None:
+        surprise = self._learned.pop(anchor.key, None)
+        if surprise is not None:
+            base, deviation = observed(anchor)
+            seen = self._sight.see(base, anchor.context)
+            xs = [seen.x(i) for i in range(deviation.layers)]
+            self._regressions.remove(anchor.slot, xs, _targets(deviation, surprise))
+
+    def estimate(self, place: Place) -> Estimate | None:
+        lines = self._regressions.lines(place.slot)
+        if lines is None:
+            return None
+        seen = self._sight.see(place.base, place.context, place.first)
+        keys, values, squares = [], [], seen.places.new_zeros(seen.tokens)
+        for layer, line in enumerate(lines):
+            k, v = torch.zeros_like(place.base.keys[layer]), torch.zeros_like(place.base.values[layer])
+            if line is not None:
+                y, square = line.at(seen.rows(layer), seen.context)
+                k, v = y.split((k.shape[1], v.shape[1]), dim=1)
+                squares = squares + square
+            keys.append(k)
+            values.append(v)
+        deviation = PlainKV(tuple(keys), tuple(values))
+        return Estimate(deviation, squares.sqrt()) if deviation.finite() and bool(torch.isfinite(squares).all()) else None
+
+    def _surprise(self, slot: str, seen: Seen, deviation: PlainKV) -> Tensor:
+        """[layers, tokens]: logarithm of the squared error of what would have been estimated, less its mean over the run."""
+        lines = self._regressions.lines(slot)
+        out = []
+        for layer in range(deviation.layers):
+            error = deviation.rows(layer)
+            line, mean = lines[layer] if lines else None, self._regressions.mean_y(slot, layer)
+            if line is not None:
+                error = error - line.at(seen.rows(layer), seen.context)[0]
+            elif mean is not None:
+                error = error - mean[:-1].to(error)
+            squares = error.square().sum(1)
+            out.append((squares + 1e-4 * squares.mean() + 1e-30).log())
+        errors = torch.stack(out)
+        return errors - errors.mean(1, keepdim=True)
+
+
+def _targets(deviation: PlainKV, surprise: Tensor) -> list[Tensor]:
+    return [torch.cat([deviation.rows(i), surprise[i, :, None]], dim=1) for i in range(deviation.layers)]

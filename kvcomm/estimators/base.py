@@ -29,7 +29,7 @@ class Place:
 class Estimate:
     """An estimated deviation and how far to trust it."""
 
-    deviation: PlainKV  # [tokens]
+    deviation: PlainKV | None  # [tokens]; None: nothing is to be added
     doubt: Tensor  # float32 [tokens] >= 0: expected size of the error that is left, in the units of K/V; ranks tokens only
 
 

@@ -74,7 +74,7 @@ class Case:
 
     @property
     def dense_right(self) -> bool:
-        return self.logits.argmax(-1).tolist() == self.answer.tolist()
+        return bool(self.logits.argmax(-1).tolist() == self.answer.tolist())
 
 
 def templates(count: int, documents: int, fillers: tuple[int, int], seed: int) -> list[Template]:

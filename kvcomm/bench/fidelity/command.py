@@ -35,11 +35,12 @@ __all__ = ["METHODS", "add_arguments", "measure", "run"]
 CLASSES: tuple[tasks.Binding, ...] = ("self", "header", "other", "two-hop")
 METHODS = (
     "dense naive rotate boundary:1 boundary:2 boundary:4 boundary:8 boundary:16 "
-    "cacheblend:0.05 cacheblend:0.1 cacheblend:0.2 cacheblend:0.3 paper mean knn ridge ours "
-    "paper+boundary:2 knn+boundary:2 ridge+boundary:2 ours+boundary:2 knn+refresh:0.05 ridge+refresh:0.05 "
-    "ours+refresh:0.02 ours+refresh:0.05 ours+refresh:0.1 ours+residual:0.05 rotate+random:0.05 ours+random:0.05 ours+oracle:0.05"
+    "cacheblend:0.05 cacheblend:0.1 cacheblend:0.2 cacheblend:0.3 paper mean knn ridge ridge-shared "
+    "paper+boundary:2 knn+boundary:2 ridge-shared+boundary:2 paper+residual:0.05 knn+refresh:0.05 ridge-shared+refresh:0.05 "
+    "select+refresh:0.02 select+refresh:0.03 select+refresh:0.05 select+refresh:0.1 "
+    "rotate+random:0.05 rotate+oracle:0.05"
 ).split()
-QUICK = "dense naive rotate boundary:2 boundary:8 cacheblend:0.1 paper mean knn ridge ours ours+refresh:0.05".split()
+QUICK = "dense naive rotate boundary:2 boundary:8 cacheblend:0.1 paper mean ridge-shared select+refresh:0.05".split()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anchors", type=int, default=50, help="requests that each template learns from")
     parser.add_argument("--documents", type=int, default=5)
     parser.add_argument(
-        "--fillers", type=int, nargs=2, default=(12, 18), metavar=("LEAST", "MOST"), help="sentences per document"
+        "--fillers", type=int, nargs=2, default=(18, 26), metavar=("LEAST", "MOST"), help="sentences per document"
     )
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
     parser.add_argument("--methods", nargs="+", default=None, metavar="NAME")

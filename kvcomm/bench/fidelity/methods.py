@@ -1,12 +1,12 @@
 """Ways of reusing KV, by name: what corrects the base, and which tokens are computed again.
 
 A name is a base treatment and what is added to it, in any order: `rotate`, `boundary:2`, `cacheblend:0.1`, `ridge`,
-`knn+refresh:0.05`, `ridge+boundary:2`, `rotate+random:0.1`, `ridge+oracle:0.05`.
+`knn+refresh:0.05`, `ridge+boundary:2`, `rotate+random:0.1`, `select+refresh:0.05`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from kvcomm.backends.hf import HFBackend
+from kvcomm.backends.span_cache import SpanCache
 from kvcomm.bench.fidelity.cases import Case
 from kvcomm.bench.fidelity.early import Early
 from kvcomm.errors import InputError
 from kvcomm.estimators.base import Estimator, Place
+from kvcomm.estimators.catalogue import ESTIMATORS
 from kvcomm.plain import PlainKV
 
-__all__ = ["ESTIMATORS", "Method", "Outcome", "serve"]
+__all__ = ["Method", "Outcome", "deviation", "serve"]
 
-ESTIMATORS = ("paper", "mean", "knn", "ridge", "ours")
 CHOICES = ("refresh", "residual", "cacheblend", "random", "oracle")
 
 
@@ -121,7 +122,7 @@ def serve(backend: HFBackend, case: Case, method: Method, estimators: Mapping[st
 
 
 def _correct(
-    backend: HFBackend, case: Case, method: Method, estimators: Mapping[str, Estimator], cache: object, compute: Tensor
+    backend: HFBackend, case: Case, method: Method, estimators: Mapping[str, Estimator], cache: SpanCache, compute: Tensor
 ) -> tuple[Tensor, bool]:
     """Adds estimated deviations; a piece without an estimate is computed. Returns every token's doubt [tokens]."""
     doubt, declined = torch.zeros(len(case.ids)), False
@@ -134,12 +135,15 @@ def _correct(
         if found is None:
             compute[start:end], declined = True, True
             continue
-        backend.correct(cache, len(case.ids), start, found.deviation)  # type: ignore[arg-type]
+        if found.deviation is not None:
+            backend.correct(cache, len(case.ids), start, found.deviation)
         doubt[start:end] = found.doubt
     return doubt, declined
 
 
-def _choose(backend: HFBackend, case: Case, method: Method, cache: object, compute: Tensor, doubt: Tensor, early: Early) -> int:
+def _choose(
+    backend: HFBackend, case: Case, method: Method, cache: SpanCache, compute: Tensor, doubt: Tensor, early: Early
+) -> int:
     """Marks the chosen tokens; returns the number of layers that had to be computed for all tokens to choose them."""
     if method.chosen_by is None:
         return 0
@@ -152,7 +156,7 @@ def _choose(backend: HFBackend, case: Case, method: Method, cache: object, compu
         score, layers = _error(case, cache, range(len(case.kv.keys))), 0
     else:
         keys, values = early.kv(case.ids)
-        held = cache.layers[early.layer]  # type: ignore[attr-defined]
+        held = cache.layers[early.layer]
         score = _distance(held.k[0, :, : len(doubt)], keys) + _distance(held.v[0, :, : len(doubt)], values)
         layers = early.layer
     score[compute] = -1
@@ -162,12 +166,12 @@ def _choose(backend: HFBackend, case: Case, method: Method, cache: object, compu
     return layers
 
 
-def _error(case: Case, cache: object, layers: range) -> Tensor:
+def _error(case: Case, cache: SpanCache, layers: Iterable[int]) -> Tensor:
     """Squared distance of what the cache holds from the dense run's KV, [tokens]."""
     tokens = len(case.ids)
     out = torch.zeros(tokens)
     for i in layers:
-        held = cache.layers[i]  # type: ignore[attr-defined]
+        held = cache.layers[i]
         out += _distance(held.k[0, :, :tokens], case.kv.keys[i]) + _distance(held.v[0, :, :tokens], case.kv.values[i])
     return out
 
@@ -177,7 +181,7 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     return ((a.float() - b.float()) ** 2).sum((0, 2)).nan_to_num(0.0, 0.0, 0.0)
 
 
-def _dense(backend: HFBackend, case: Case, cache: object) -> Tensor:
+def _dense(backend: HFBackend, case: Case, cache: SpanCache) -> Tensor:
     with backend.hooked():
         out = backend.model(
             input_ids=torch.from_numpy(case.ids).long()[None], past_key_values=cache, use_cache=True, logits_to_keep=1
@@ -186,7 +190,7 @@ def _dense(backend: HFBackend, case: Case, cache: object) -> Tensor:
     return last
 
 
-def _rest(backend: HFBackend, case: Case, cache: object) -> Tensor:
+def _rest(backend: HFBackend, case: Case, cache: SpanCache) -> Tensor:
     """Logits behind every answer token but the last, [answer - 1, vocabulary]."""
     if len(case.answer) < 2:
         return case.logits[:0]

@@ -1,0 +1,150 @@
+"""The fidelity benchmark's own gates: what must equal dense does, what must not does not, and its numbers add up."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvcomm.anchors.anchor import Anchor
+from kvcomm.backends.hf import HFBackend
+from kvcomm.backends.loading import load
+from kvcomm.bench.fidelity import command
+from kvcomm.bench.fidelity.cases import BASES, Base, Case, case, templates
+from kvcomm.bench.fidelity.early import Early
+from kvcomm.bench.fidelity.methods import Method, deviation, serve
+from kvcomm.errors import InputError
+from kvcomm.estimators.base import Estimate, Place
+from kvcomm.plain import PlainKV
+from kvcomm.tiny import FOLDER
+
+Make = Callable[[Base], Case]
+
+
+@pytest.fixture(scope="module")
+def backend() -> HFBackend:
+    made = load(str(FOLDER), dtype="float32")
+    assert isinstance(made, HFBackend)
+    return made
+
+
+@pytest.fixture(scope="module")
+def make(backend: HFBackend) -> Make:
+    def made(base: Base) -> Case:
+        return case(backend, templates(3, 3, (2, 6), 0)[1], base, random.Random(5), "header")
+
+    return made
+
+
+class Truth:
+    """An estimator that knows: it returns the deviations of one case."""
+
+    name = "truth"
+
+    def __init__(self, backend: HFBackend, known: Case) -> None:
+        self._by_slot = {piece.slot: deviation(backend, known, i)[1] for i, piece in enumerate(known.pieces)}
+
+    def learn(self, anchor: Anchor, base: PlainKV, deviation: PlainKV) -> None:
+        raise AssertionError
+
+    def forget(self, anchor: Anchor) -> None:
+        raise AssertionError
+
+    def estimate(self, place: Place) -> Estimate:
+        return Estimate(self._by_slot[place.slot], torch.zeros(len(place.ids)))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_what_must_equal_dense_does(backend: HFBackend, make: Make, base: Base) -> None:
+    """Everything computed again, and true deviations added to rotated bases, against the model's own forward."""
+    asked, early = make(base), Early(backend)
+    for method in (Method.parse("dense"), Method.parse("rotate+random:1"), Method("truth", estimator="truth")):
+        outcome = serve(backend, asked, method, {"truth": Truth(backend, asked)}, early)
+        assert outcome.right is asked.dense_right
+        assert outcome.kl == pytest.approx(0, abs=1e-4)
+        assert outcome.top1 == 1
+    if base == "producer":
+        assert serve(backend, asked, Method.parse("naive"), {}, early).kl > 0.01
+
+
+def test_reuse_and_compute_are_counted(backend: HFBackend, make: Make) -> None:
+    asked, early = make("header"), Early(backend)
+    outside = len(asked.ids) - asked.exact - sum(p.span.tokens for p in asked.pieces)
+    rotate = serve(backend, asked, Method.parse("rotate"), {}, early)
+    assert rotate.reused == pytest.approx(1 - outside / len(asked.ids))
+    assert rotate.compute == pytest.approx(1 - rotate.reused)
+    boundary = serve(backend, asked, Method.parse("boundary:2"), {}, early)
+    assert rotate.reused - boundary.reused == pytest.approx(2 * len(asked.pieces) / len(asked.ids))
+    blend = serve(backend, asked, Method.parse("cacheblend:0.1"), {}, early)
+    assert rotate.reused - blend.reused == pytest.approx(round(0.1 * len(asked.ids)) / len(asked.ids))
+    assert blend.compute == pytest.approx((1 - blend.reused) + blend.reused / 6), "one full layer of six to choose by"
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_pieces_are_the_prompts_text(backend: HFBackend, make: Make, base: Base) -> None:
+    asked = make(base)
+    for piece in asked.pieces:
+        span = piece.span
+        assert (span.segment.ids[span.offset : span.offset + span.tokens] == asked.ids[span.start : span.end]).all()
+        assert piece.base.tokens == span.tokens
+        assert piece.base.start == span.segment.start
+        assert backend.tokenizer is not None
+        text = str(backend.tokenizer.decode(asked.ids[span.start : span.end]))
+        assert ("about" in text.split(":")[0]) is (base != "isolated")
+
+
+def test_early_layers_are_the_dense_runs(backend: HFBackend, make: Make) -> None:
+    """K/V of layer 1 from the first two layers alone against the whole model's."""
+    asked = make("header")
+    keys, values = Early(backend).kv(asked.ids)
+    assert torch.allclose(keys, asked.kv.keys[1], atol=1e-5)
+    assert torch.allclose(values, asked.kv.values[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["", "rotat", "boundary:x", "boundary", "ridge+refresh", "ours"])
+def test_unknown_methods_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="a method is made of"):
+        Method.parse(name)
+
+
+def arguments(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    for name, default in (("--format", "terminal"), ("--output", None)):
+        parser.add_argument(name, default=default)
+    return parser.parse_args([*flags], argparse.Namespace(quiet=True))
+
+
+def test_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = ["dense", "naive", "boundary:2", "select+refresh:0.1"]
+    sizes = ["--templates", "2", "--requests", "8", "--anchors", "4", "--documents", "3", "--fillers", "2", "6"]
+    args = arguments(*sizes, "--bases", "producer", "--methods", *methods)
+    args.output = tmp_path
+    assert command.run(args) == 0
+    assert "select+refresh:0.1" in capsys.readouterr().out
+    doc: dict[str, Any] = command.measure(args)
+    rows = {r["name"]: r for r in doc["methods"] if r["binding"] == "all"}
+    assert list(rows) == methods
+    assert rows["dense"]["accuracy"] == rows["dense"]["dense_accuracy"] == rows["boundary:2"]["accuracy"] >= 0.9
+    assert rows["naive"]["accuracy"] < rows["dense"]["accuracy"]
+    assert rows["select+refresh:0.1"]["bytes_per_anchor"] > 0
+    assert all(r["accuracy_low"] <= r["accuracy"] <= r["accuracy_high"] for r in rows.values())
+    assert all(r["dense_ms"] == rows["dense"]["ttft_ms"] > 0 for r in rows.values())
+    assert (tmp_path / "fidelity.json").exists()
+
+
+def test_too_few_requests_are_refused() -> None:
+    with pytest.raises(InputError, match="at least one request per template"):
+        command.measure(arguments("--templates", "4", "--requests", "3"))
+
+
+def test_intervals_are_wilsons() -> None:
+    """Against the published example of 0 of 10 and the symmetry of the interval."""
+    assert command.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
+    low, high = command.wilson(3, 10)
+    assert command.wilson(7, 10) == pytest.approx((1 - high, 1 - low))

@@ -43,17 +43,21 @@ class Projection:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[n, channels] -> float32 [n, min(channels, width)]"""
-        x, channels = x.float(), x.shape[1]
-        if channels <= self.width:
-            return x
-        if (channels, x.device) not in self._matrices:
+        return x.float() if x.shape[1] <= self.width else x.float() @ self._matrix(x.shape[1], x.device)
+
+    def unfold(self, weights: Tensor, channels: int) -> Tensor:
+        """Of weights [min(channels, width), m], those [channels, m] that do to x what these do to its projection."""
+        return weights if channels <= self.width else self._matrix(channels, weights.device).to(weights.dtype) @ weights
+
+    def _matrix(self, channels: int, device: torch.device) -> Tensor:
+        if (channels, device) not in self._matrices:
             drawn = torch.randn(channels, self.width, generator=torch.Generator().manual_seed(channels))
-            self._matrices[channels, x.device] = (drawn / self.width**0.5).to(x.device)
-        return x @ self._matrices[channels, x.device]
+            self._matrices[channels, device] = (drawn / self.width**0.5).to(device)
+        return self._matrices[channels, device]
 
 
 class Groups(NamedTuple):
-    """How many features are of what, in this order."""
+    """How many features are of what, in this order. Keys and values are those of one layer."""
 
     keys: int
     values: int
@@ -66,8 +70,7 @@ class Groups(NamedTuple):
 class Seen:
     """A run of tokens, as features. float32."""
 
-    keys: tuple[Tensor, ...]  # per layer [tokens, <= width]
-    values: tuple[Tensor, ...]
+    base: PlainKV
     token: Tensor  # [tokens, <= TOKEN_WIDTH]: K/V of the first layer, which has seen nothing else
     places: Tensor  # [tokens, 20]
     context: Tensor  # [<= context width]
@@ -76,20 +79,16 @@ class Seen:
     def tokens(self) -> int:
         return len(self.places)
 
-    def groups(self, layer: int) -> Groups:
-        return Groups(*(x.shape[-1] for x in (self.keys[layer], self.values[layer], self.token, self.places, self.context)))
-
-    def rows(self, layer: int) -> Tensor:
-        """[tokens, features]: all but those of the context, which come last and are the same for every token"""
-        return torch.cat([self.keys[layer], self.values[layer], self.token, self.places], dim=1)
-
-    def x(self, layer: int) -> Tensor:
-        """[tokens, features]"""
-        return torch.cat([self.rows(layer), self.context.expand(self.tokens, -1)], dim=1)
+    def parts(self, layer: int) -> tuple[Tensor, ...]:
+        """Side by side [tokens, features]: keys and values as they are, token and place. Not the context."""
+        return self.base.keys[layer], self.base.values[layer], self.token, self.places
 
 
 class Sight:
-    """Makes features: the same run gives the same ones, always and everywhere."""
+    """Makes features: the same run gives the same ones, always and everywhere.
+
+    Sums are kept over narrow ones (`x`); what is found on them is widened once, so that estimating projects nothing.
+    """
 
     def __init__(self, width: int, context_width: int) -> None:
         self._narrow, self._narrow_token = Projection(width), Projection(TOKEN_WIDTH)
@@ -98,10 +97,20 @@ class Sight:
     def see(self, base: PlainKV, context: Tensor, first: int = 0) -> Seen:
         """`first`: index of the run's first token in its segment."""
         device = base.keys[0].device
-        return Seen(
-            tuple(map(self._narrow, base.keys)),
-            tuple(map(self._narrow, base.values)),
-            self._narrow_token(base.rows(0)),
-            position_features(first, base.tokens, device),
-            self._narrow_context(context[None].to(device))[0],
-        )
+        around = self._narrow_context(context[None].to(device))[0]
+        return Seen(base, self._narrow_token(base.rows(0)), position_features(first, base.tokens, device), around)
+
+    def x(self, seen: Seen, layer: int) -> Tensor:
+        """[tokens, features]: keys and values made narrow, token, place and context."""
+        keys, values = self._narrow(seen.base.keys[layer]), self._narrow(seen.base.values[layer])
+        return torch.cat([keys, values, seen.token, seen.places, seen.context.expand(seen.tokens, -1)], dim=1)
+
+    def groups(self, seen: Seen, layer: int) -> Groups:
+        """Of `x`."""
+        keys, values = (min(x.shape[1], self._narrow.width) for x in (seen.base.keys[layer], seen.base.values[layer]))
+        return Groups(keys, values, seen.token.shape[1], seen.places.shape[1], len(seen.context))
+
+    def widen(self, weights: Tensor, groups: Groups, kinds: tuple[int, int]) -> Tensor:
+        """What weights [features of x, m] are for keys and values as they are: `kinds` are their channels."""
+        keys, values, rest = weights.split([groups.keys, groups.values, sum(groups[2:])])
+        return torch.cat([self._narrow.unfold(keys, kinds[0]), self._narrow.unfold(values, kinds[1]), rest])

@@ -23,6 +23,7 @@ from kvcomm.plain import PlainKV
 __all__ = ["Knn"]
 
 _LARGEST = torch.finfo(torch.float16).max
+_BLOCK = 64  # neighbours gathered at a time: they stay in the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class _Known:
     slot: str
     start: int
     rows: Tensor  # float16 [tokens, channels of all layers]: deviations
+    norms: Tensor  # float32 [tokens], squared
 
     @property
     def ids(self) -> range:
@@ -69,7 +71,8 @@ class Knn:
         if anchor.key in self._known or not (base.finite() and deviation.finite()):
             return
         self._set_scales(base, anchor.context)
-        known = _Known(anchor.slot, self._next, to_rows(deviation).clamp(-_LARGEST, _LARGEST).half())
+        rows = to_rows(deviation).clamp(-_LARGEST, _LARGEST).half()
+        known = _Known(anchor.slot, self._next, rows, rows.float().square().sum(1))
         seen = self._represent(base, anchor.context)
         if anchor.slot not in self._indexes:
             self._indexes[anchor.slot] = self._make_index(seen.shape[1])
@@ -137,9 +140,8 @@ def _blend(anchors: Sequence[_Known], ids: np.ndarray, weights: Tensor) -> tuple
     for number in np.unique(owner[owner >= 0]):
         tokens, columns = np.nonzero(owner == number)
         own = torch.from_numpy(ids[tokens, columns] - starts[number]).to(rows.device)
-        part = anchors[number].rows[own].float()
-        weight = weights[tokens, columns].to(rows)
-        at = torch.from_numpy(tokens).to(rows.device)
-        rows.index_add_(0, at, part * weight[:, None])
-        energy.index_add_(0, at, part.square().sum(1) * weight)
+        weight, at = weights[tokens, columns].to(rows), torch.from_numpy(tokens).to(rows.device)
+        energy.index_add_(0, at, anchors[number].norms[own] * weight)
+        for i, j, w in zip(own.split(_BLOCK), at.split(_BLOCK), weight.split(_BLOCK), strict=True):
+            rows.index_add_(0, j, anchors[number].rows[i].float().mul_(w[:, None]))
     return rows, energy

@@ -54,14 +54,19 @@ class Line:
     residual: float  # mean squared error expected of a token, all channels together
     least_leverage: float
 
-    def at(self, rows: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """For x = [rows [n, *], context [*] the same for all]: y [n, channels] and its expected squared error [n]."""
-        of_rows, of_context = self.into.split([rows.shape[1], len(context)])
-        z = rows @ of_rows + (context @ of_context - self.shift)
+    def at(self, parts: Sequence[Tensor], context: Tensor) -> tuple[Tensor, Tensor]:
+        """For x = [*parts [n, *] side by side, context [*] the same for all]: y [n, channels], its expected squared error [n].
+
+        The error is NaN or infinite wherever y could be.
+        """
+        *of_parts, of_context = self.into.split([part.shape[1] for part in parts] + [len(context)])
+        z = (context @ of_context - self.shift).expand(len(parts[0]), -1)
+        for part, weights in zip(parts, of_parts, strict=True):
+            z = torch.addmm(z, part, weights)
         rank = len(self.out)
         leverage = z[:, rank + 1 :].square().sum(1) + self.least_leverage
         relative = z[:, rank].clamp(-6, 6).exp()
-        return self.mean + z[:, :rank] @ self.out, self.residual * relative * (1 + leverage)
+        return torch.addmm(self.mean, z[:, :rank], self.out), self.residual * relative * (1 + leverage)
 
 
 def scales(moments: Centred, groups: Sequence[int], weights: Sequence[float]) -> Tensor:

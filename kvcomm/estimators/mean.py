@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,15 +74,14 @@ class Mean:
         slot = self._slots.get(place.slot)
         if slot is None:
             return None
-        ids, where = torch.from_numpy(place.ids).unique(return_inverse=True)
-        means, variances = zip(*(self._of_token(slot, token) for token in ids.tolist()), strict=True)
-        rows = torch.stack(means)[where].float()
-        return Estimate(from_rows(rows, place.base), rows.new_tensor(variances)[where].sqrt())
-
-    def _of_token(self, slot: _Slot, token: int) -> tuple[Tensor, float]:
-        """Mean deviation [channels of all layers] and variance."""
         mean, variance = slot.every.total / (slot.every.tokens + self.shrink), slot.every.variance()
-        seen = slot.by_id.get(token)
+        ids, where = np.unique(place.ids, return_inverse=True)
+        found = [self._of_token(slot.by_id.get(token), mean, variance) for token in ids.tolist()]
+        rows = torch.stack([each for each, _ in found])[torch.from_numpy(where)].float()
+        return Estimate(from_rows(rows, place.base), rows.new_tensor([v for _, v in found])[torch.from_numpy(where)].sqrt())
+
+    def _of_token(self, seen: _Sums | None, mean: Tensor, variance: float) -> tuple[Tensor, float]:
+        """Mean deviation [channels of all layers] and variance, given the slot's."""
         if seen is None:
             return mean, variance
         n = seen.tokens + self.shrink

@@ -5,7 +5,7 @@ Knows nothing of anchors: a change is one run of tokens that came or left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,10 @@ from kvcomm.estimators.features import Groups
 from kvcomm.estimators.line import Line, Thin, make_line, scales, solve, thin
 from kvcomm.estimators.moments import Centred, Moments, pooled
 
-__all__ = ["Regressions", "Rules"]
+__all__ = ["Regressions", "Rules", "Widen"]
+
+Widen = Callable[[Tensor, Groups, tuple[int, int]], Tensor]
+"""Turns what is multiplied with narrow features into what is multiplied with those that lines are given."""
 
 NEGLIGIBLE = 1e-5  # of the base's energy: a layer whose keys and values deviate by less is left as it is
 
@@ -58,8 +61,8 @@ class _Slot:
 class Regressions:
     """Mutable; not thread safe."""
 
-    def __init__(self, rules: Rules) -> None:
-        self.rules = rules
+    def __init__(self, rules: Rules, widen: Widen) -> None:
+        self.rules, self._widen = rules, widen
         self._slots: dict[str, _Slot] = {}
         self._prior: list[_Prior | None] | None = None
         self._runs = self._fitted = self._changes = 0  # as in _Slot: of all slots, and of the prior
@@ -150,7 +153,8 @@ class Regressions:
             kept = prior.kept
             solved = solve(replace(moments, xy=kept.reduce(moments.xy)), prior.scale, self.rules.slot_lam, prior.weights)
             mean = mean + (prior.level - _level(sums, prior.weights, kept)) / (slot.runs + 1)
-        return make_line(solved, kept, moments, sums.mean_x(), mean, 1 / slot.runs)
+        line = make_line(solved, kept, moments, sums.mean_x(), mean, 1 / slot.runs)
+        return replace(line, into=self._widen(line.into, slot.groups[layer], slot.kinds[layer]))
 
     def _scale(self, slot: _Slot, layer: int, moments: Centred) -> Tensor:
         return scales(moments, slot.groups[layer], (1, 1, 1, 1, self.rules.context_weight))

@@ -1,8 +1,9 @@
 """Ridge regression of the deviation on base K/V, context and position: per slot and layer, fitted as anchors come.
 
-Only running sums are kept, so cost and memory do not grow with what was learned. With `share`, a slot's own regression is drawn
-towards that of all slots together instead of towards 0: slots with few anchors live on the others', those with many differ.
-Sums and solving are in float64; both happen in `learn` and `forget`. Estimating is two thin products per layer.
+Only running sums are kept, so cost and memory do not grow with what was learned: 8 * d * (d + channels) bytes per slot and
+layer, d being at most 2 * width + context_width + 84. With `share`, a slot's own regression is drawn towards that of all slots
+together instead of towards 0: slots with few anchors live on the others', those with many differ. Sums and solving are in
+float64, and both happen in `learn` and `forget`; estimating is two thin products per layer.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Ridge:
             )
         self._sight = Sight(width, context_width)
         rules = Rules(lam, slot_lam if share else None, rank, context_weight, min_anchors, growth)
-        self._regressions = Regressions(rules)
+        self._regressions = Regressions(rules, self._sight.widen)
         self._learned: dict[str, Tensor] = {}  # by key [layers, tokens]: what `_surprise` gave
 
     def learn(self, anchor: Anchor, base: PlainKV, deviation: PlainKV) -> None:
@@ -60,15 +61,15 @@ class Ridge:
         surprise = self._learned[anchor.key] = self._surprise(anchor.slot, seen, deviation)
         layers = range(deviation.layers)
         kinds = [(deviation.keys[i].shape[1], deviation.values[i].shape[1]) for i in layers]
-        xs, ys = [seen.x(i) for i in layers], _targets(deviation, surprise)
-        self._regressions.add(anchor.slot, [seen.groups(i) for i in layers], kinds, xs, ys)
+        groups, xs = zip(*((self._sight.groups(seen, i), self._sight.x(seen, i)) for i in layers), strict=True)
+        self._regressions.add(anchor.slot, groups, kinds, xs, _targets(deviation, surprise))
 
     def forget(self, anchor: Anchor) -> None:
         surprise = self._learned.pop(anchor.key, None)
         if surprise is not None:
             base, deviation = observed(anchor)
             seen = self._sight.see(base, anchor.context)
-            xs = [seen.x(i) for i in range(deviation.layers)]
+            xs = [self._sight.x(seen, i) for i in range(deviation.layers)]
             self._regressions.remove(anchor.slot, xs, _targets(deviation, surprise))
 
     def estimate(self, place: Place) -> Estimate | None:
@@ -77,16 +78,19 @@ class Ridge:
             return None
         seen = self._sight.see(place.base, place.context, place.first)
         keys, values, squares = [], [], seen.places.new_zeros(seen.tokens)
-        for layer, line in enumerate(lines):
-            k, v = torch.zeros_like(place.base.keys[layer]), torch.zeros_like(place.base.values[layer])
-            if line is not None:
-                y, square = line.at(seen.rows(layer), seen.context)
-                k, v = y.split((k.shape[1], v.shape[1]), dim=1)
-                squares = squares + square
-            keys.append(k)
-            values.append(v)
-        deviation = PlainKV(tuple(keys), tuple(values))
-        return Estimate(deviation, squares.sqrt()) if deviation.finite() and bool(torch.isfinite(squares).all()) else None
+        for layer, (k, v) in enumerate(zip(place.base.keys, place.base.values, strict=True)):
+            line = lines[layer]
+            if line is None:
+                keys.append(torch.zeros_like(k))
+                values.append(torch.zeros_like(v))
+            else:
+                y, square = line.at(seen.parts(layer), seen.context)
+                keys.append(y[:, : k.shape[1]])
+                values.append(y[:, k.shape[1] :])
+                squares += square
+        if not bool(torch.isfinite(squares).all()):
+            return None
+        return Estimate(PlainKV(tuple(keys), tuple(values)), squares.sqrt())
 
     def _surprise(self, slot: str, seen: Seen, deviation: PlainKV) -> Tensor:
         """[layers, tokens]: logarithm of the squared error of what would have been estimated, less its mean over the run."""
@@ -96,7 +100,7 @@ class Ridge:
             error = deviation.rows(layer)
             line, mean = lines[layer] if lines else None, self._regressions.mean_y(slot, layer)
             if line is not None:
-                error = error - line.at(seen.rows(layer), seen.context)[0]
+                error = error - line.at(seen.parts(layer), seen.context)[0]
             elif mean is not None:
                 error = error - mean[:-1].to(error)
             squares = error.square().sum(1)

@@ -128,7 +128,8 @@ class HFBackend:
         correct(self.rope, cache, length, start, deviation)
 
     def context(self, ids: Ids) -> Tensor:
-        table: Tensor = self.model.get_input_embeddings().weight.detach()
+        embedding: Any = self.model.get_input_embeddings()  # declared as a module, of which any attribute may be one
+        table: Tensor = embedding.weight.detach()
         tail = table[torch.from_numpy(ids[-CONTEXT:].astype(np.int64)).to(table.device)].float().cpu()
         return torch.cat([tail.new_zeros(CONTEXT - len(tail), tail.shape[1]), tail]).flatten()
 

@@ -90,7 +90,7 @@ def learn(
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the benchmark and returns its JSON document. Raises InputError for unusable flags."""
     if args.quick:
-        args.templates, args.requests, args.anchors, args.bases = 2, 24, 20, list(args.bases)[:1]
+        args.templates, args.requests, args.anchors, args.bases = 2, 24, 10, list(args.bases)[:1]
     if args.requests < args.templates or args.templates < 1 or args.documents < 2:
         raise InputError(
             f"{args.requests} requests over {args.templates} templates of {args.documents} documents; "

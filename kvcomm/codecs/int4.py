@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
-
-from kvcomm.codecs.base import Kind, Packed
-from kvcomm.codecs.parts import check_share, checked, shape_of
-from kvcomm.codecs.uniform import OUTLIERS, grid, quantise, restore
+from kvcomm.codecs.integer import Integer
 
 __all__ = ["Int4"]
 
 
 @dataclass(frozen=True)
-class Int4:
-    """A `Codec` named `int4`, or `int4+sparse:<share>` where another share is kept apart than usual."""
+class Int4(Integer):
+    """The `Codec` named `int4`."""
 
-    sparse: float = OUTLIERS  # share of elements kept apart
-
-    def __post_init__(self) -> None:
-        check_share("outliers", self.sparse)
-
-    @property
-    def name(self) -> str:
-        return "int4" if self.sparse == OUTLIERS else f"int4+sparse:{self.sparse}"
-
-    def pack(self, x: Tensor, kind: Kind) -> Packed:
-        x = checked(x, kind)
-        return Packed(*shape_of(x), quantise(x, grid(shape_of(x), kind), bits=4, share=self.sparse))
-
-    def unpack(self, packed: Packed) -> Tensor:
-        return restore(packed.parts, (packed.tokens, packed.channels), bits=4)
+    bits: ClassVar[int] = 4

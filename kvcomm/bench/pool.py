@@ -143,6 +143,5 @@ def run(args: argparse.Namespace) -> int:
         if doc["largest_over_smallest"] is not None:
             print(f"searching the largest takes {doc['largest_over_smallest']:.2f} times as long as the smallest")
     if args.output:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
         write_json(Path(args.output) / "pool.json", doc)
     return 0

@@ -313,6 +313,5 @@ def run(args: argparse.Namespace) -> int:
                 f"shared / exact hit {r['shared_over_exact_hit_max']:.2f}"
             )
     for folder in (Path(x) for x in args.output if not x.isdigit()):
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "ttft.json", doc)
     return 0

@@ -30,4 +30,6 @@ class Early:
         cache = self._backend.cache(len(ids))
         self._decoder(input_ids=torch.from_numpy(ids).long()[None], past_key_values=cache, use_cache=True)
         layer = cache.layers[self.layer]
-        return layer.k[0, :, : len(ids)].clone(), layer.v[0, :, : len(ids)].clone()
+        keys, values = (x[0, :, : len(ids)].clone() for x in (layer.k, layer.v))
+        self._backend.release(cache)
+        return keys, values

@@ -6,7 +6,7 @@ A name is a base treatment and what is added to it, in any order: `rotate`, `bou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -95,7 +95,7 @@ def serve(backend: HFBackend, case: Case, method: Method, estimators: Mapping[st
     clock.append(perf_counter())
     for piece in case.pieces if method.boundary else ():
         compute[piece.span.start : min(piece.span.start + method.boundary, piece.span.end)] = True
-    layers = _choose(backend, case, method, cache, compute, doubt, early)
+    layers = _choose(case, method, cache, compute, doubt, early)
     compute[-1] = True
     clock.append(perf_counter())
     recompute = torch.nonzero(compute).flatten()
@@ -141,24 +141,20 @@ def _correct(
     return doubt, declined
 
 
-def _choose(
-    backend: HFBackend, case: Case, method: Method, cache: SpanCache, compute: Tensor, doubt: Tensor, early: Early
-) -> int:
+def _choose(case: Case, method: Method, cache: SpanCache, compute: Tensor, doubt: Tensor, early: Early) -> int:
     """Marks the chosen tokens; returns the number of layers that had to be computed for all tokens to choose them."""
     if method.chosen_by is None:
         return 0
-    number = round(method.share * len(case.ids))
+    number, layers = round(method.share * len(case.ids)), 0
     if method.chosen_by == "refresh":
-        score, layers = doubt.clone(), 0
+        score = doubt.clone()
     elif method.chosen_by == "random":
-        score, layers = torch.rand(len(doubt), generator=torch.Generator().manual_seed(len(doubt))), 0
+        score = torch.rand(len(doubt), generator=torch.Generator().manual_seed(len(doubt)))
     elif method.chosen_by == "oracle":
-        score, layers = _error(case, cache, range(len(case.kv.keys))), 0
+        exact = enumerate(zip(case.kv.keys, case.kv.values, strict=True))
+        score = torch.stack([_error(cache, i, *kv) for i, kv in exact]).sum(0)
     else:
-        keys, values = early.kv(case.ids)
-        held = cache.layers[early.layer]
-        score = _distance(held.k[0, :, : len(doubt)], keys) + _distance(held.v[0, :, : len(doubt)], values)
-        layers = early.layer
+        score, layers = _error(cache, early.layer, *early.kv(case.ids)), early.layer
     score[compute] = -1
     score[: case.exact] = -1
     best = score.topk(min(number, len(score))).indices
@@ -166,14 +162,10 @@ def _choose(
     return layers
 
 
-def _error(case: Case, cache: SpanCache, layers: Iterable[int]) -> Tensor:
-    """Squared distance of what the cache holds from the dense run's KV, [tokens]."""
-    tokens = len(case.ids)
-    out = torch.zeros(tokens)
-    for i in layers:
-        held = cache.layers[i]
-        out += _distance(held.k[0, :, :tokens], case.kv.keys[i]) + _distance(held.v[0, :, :tokens], case.kv.values[i])
-    return out
+def _error(cache: SpanCache, layer: int, keys: Tensor, values: Tensor) -> Tensor:
+    """Squared distance of what the cache holds of one layer from exact K/V [heads, tokens, dim]; [tokens]."""
+    held, tokens = cache.layers[layer], keys.shape[1]
+    return _distance(held.k[0, :, :tokens], keys) + _distance(held.v[0, :, :tokens], values)
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def apart_from(queries: Matrix, matrix: Matrix, slots: Slots) -> Matrix:
 
     Of differences, not of products, so that equal rows are at 0 and a common offset costs no precision.
     """
-    difference = matrix[slots]  # of slot -1 too: the last row, overruled below
+    difference = matrix[np.maximum(slots, 0)]  # of slot -1 too: row 0, overruled below; never what lies behind the rows
     difference -= queries[:, None]
     return np.where(slots < 0, np.float32(np.inf), np.einsum("mcd,mcd->mc", difference, difference))
 

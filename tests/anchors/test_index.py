@@ -16,6 +16,7 @@ from kvcomm.anchors.arrays_file import read_arrays, write_arrays
 from kvcomm.anchors.faiss_index import FaissIndex, Sizing
 from kvcomm.anchors.index import ExactIndex, Found, Index
 from kvcomm.anchors.lists import Lists
+from kvcomm.anchors.rows import Rows
 from kvcomm.errors import CacheFault, InputError
 
 Array = npt.NDArray[Any]
@@ -295,6 +296,17 @@ def test_few_lists_read_still_give_k_rows() -> None:
     index.add(range(2000), data)
     assert int(index.structure.split(",")[1].split()[0]) < 20
     expect(index.search(data[:5], 1500), dict(enumerate(data)), data[:5], 1500)
+
+
+def test_room_for_rows_to_come_is_never_read() -> None:
+    """It holds whatever the memory held before; NaN would be a warning, and warnings are errors here."""
+    rows = Rows(4)
+    rows.append(np.arange(10), clustered(10, 4, 2))
+    rows._matrix[len(rows) :] = np.nan
+    assert len(rows._matrix) > len(rows)
+    ids, distances = rows.nearest_of(rows.matrix[:1], np.array([[3, -1, 0]]), 3)
+    assert ids.tolist() == [[0, 3, -1]]
+    assert distances[0, 0] == 0 < distances[0, 1] < distances[0, 2] == np.inf
 
 
 @pytest.mark.parametrize(

@@ -299,10 +299,10 @@ def test_few_lists_read_still_give_k_rows() -> None:
 
 
 def test_room_for_rows_to_come_is_never_read() -> None:
-    """It holds whatever the memory held before; NaN would be a warning, and warnings are errors here."""
+    """It holds whatever the memory held before; a signalling NaN would be a warning, and warnings are errors here."""
     rows = Rows(4)
     rows.append(np.arange(10), clustered(10, 4, 2))
-    rows._matrix[len(rows) :] = np.nan
+    rows._matrix[len(rows) :].view(np.uint32)[:] = 0x7FA00000
     assert len(rows._matrix) > len(rows)
     ids, distances = rows.nearest_of(rows.matrix[:1], np.array([[3, -1, 0]]), 3)
     assert ids.tolist() == [[0, 3, -1]]

@@ -51,6 +51,11 @@ class Counters:
         with self._lock:
             return self._counts[metric][label]
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """All counts at this moment: metric -> label value -> count."""
+        with self._lock:
+            return {name: dict(by_label) for name, by_label in self._counts.items()}
+
     def render(self) -> str:
         """Prometheus text exposition format 0.0.4: `kvcomm_<metric>_total{<label>="<value>"} <count>`."""
         lines = []

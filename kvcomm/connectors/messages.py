@@ -1,0 +1,81 @@
+"""What the scheduler's side and the workers' side of a connector tell each other. Plain records that can be pickled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from kvcomm.segments import Ids, Segment
+
+__all__ = ["Hole", "Load", "News", "Piece", "Save", "Step"]
+
+Hole = tuple[int, int]
+"""Prompt positions [start, end) that are computed before the engine's own forward."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Prompt tokens [start, end) are tokens from `offset` on of the segment stored under `key`."""
+
+    start: int
+    end: int
+    key: str
+    offset: int
+
+
+@dataclass(frozen=True, eq=False)
+class Load:
+    """KV that the scheduler was promised for one request: tokens [start, end), each in one piece or one hole.
+
+    prompt   | there already | piece | hole |  piece  | hole | piece |  left to the engine
+             0             start                                    end
+    """
+
+    request_id: str
+    ids: Ids  # [end]
+    blocks: tuple[int, ...]  # of the paged cache, from position 0 on
+    start: int
+    pieces: tuple[Piece, ...]
+    holes: tuple[Hole, ...]
+
+    @property
+    def end(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Save:
+    """Segments whose KV the paged cache holds at their own positions, to be put into the store."""
+
+    request_id: str
+    segments: tuple[Segment, ...]
+    blocks: tuple[int, ...]
+    last: bool  # the request has finished: its blocks are free once this is done
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What the workers do around one step of the engine, in this order: forget, load, (the engine's forward,) save."""
+
+    forget: tuple[str, ...] = ()  # keys of segments
+    loads: tuple[Load, ...] = ()
+    saves: tuple[Save, ...] = ()
+
+
+@dataclass
+class News:
+    """What workers report after a step. Aggregated over ranks: a segment is known only when every rank keeps it."""
+
+    refusal: str | None = None  # why this engine cannot be served
+    kept: Counter[str] = field(default_factory=Counter)  # key -> ranks that keep it
+    gone: set[str] = field(default_factory=set)  # keys that some rank does not keep, or no more
+    faults: list[tuple[str, str, str]] = field(default_factory=list)  # kind, request, reason
+
+    def aggregate(self, other: News) -> News:
+        """Both together; named as vLLM calls it."""
+        return News(
+            self.refusal or other.refusal,
+            self.kept + other.kept,
+            self.gone | other.gone,
+            self.faults + other.faults,
+        )

@@ -1,0 +1,235 @@
+"""The scheduler's part: match -> plan -> promise, what to keep of finished text, and what every request came to.
+
+Knows token ids, never K/V. A promise is made when the scheduler asks, and can be asked for as often as it likes: the one thing
+that a question changes is that the request leaves everybody's prefix cache (a salt of its own), once, before anything is
+promised. With the salt nothing that is there already belongs to the request, so a promise always begins at token 0; what the
+engine's own cache held exactly is weighed against it before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from kvcomm.connectors import vllm_compat as compat
+from kvcomm.connectors.capture import answer_segment, prompt_segments
+from kvcomm.connectors.messages import Load, News, Save, Step
+from kvcomm.connectors.promise import Promise
+from kvcomm.connectors.settings import Settings, Wish
+from kvcomm.errors import InputError
+from kvcomm.matching import TextIndex
+from kvcomm.metrics import Counters
+from kvcomm.policy import plan as make_plan
+from kvcomm.request import Request as Times
+from kvcomm.segments import Ids, Plan, ReuseReport, Segment
+from kvcomm.who import Who
+
+__all__ = ["Desk"]
+
+LEAST_GAIN = 32  # tokens; a pass over holes costs about as much as this many tokens of prefill
+
+
+@dataclass(eq=False)
+class _Request:
+    """One request of the engine, from its arrival to its end."""
+
+    own: Any  # the engine's record of it
+    ids: Ids  # [prompt]
+    wish: Wish
+    times: Times
+    refusal: str | None  # why it is left alone
+    known: Plan  # what was found in its prompt
+    promise: Promise | None = None  # what is promised, or was
+    salted: bool = False
+    admitted: bool = False  # has had blocks
+    loaded: bool = False
+    kept: bool = False  # its prompt has been handed to the workers for keeping
+
+    @property
+    def served(self) -> Plan:
+        """How its prompt was computed."""
+        if self.promise is not None and self.loaded:
+            return self.promise.plan
+        return Plan.dense(len(self.ids), self.known.fallback or "not-loaded")
+
+
+class Desk:
+    """The scheduler's side of one engine, whose workers are `ranks`."""
+
+    def __init__(self, settings: Settings, fingerprint: str, *, ranks: int, step_tokens: int, prefix_caching: bool) -> None:
+        config = settings.config
+        self._settings, self._fingerprint, self._ranks = settings, fingerprint, ranks
+        self._hole_tokens = step_tokens if settings.max_hole_tokens is None else settings.max_hole_tokens
+        self._prefix_caching = prefix_caching
+        self.index = TextIndex(min_run=config.min_run, max_windows=config.index_windows, variants=config.variants)
+        self.counters = Counters()
+        self._ready: str | None = "the workers have not reported yet"  # why nothing is promised; None: all is well
+        self._requests: dict[str, _Request] = {}
+        self._saving: dict[str, Segment] = {}  # handed to the workers, not confirmed
+        self._loads: dict[str, Load] = {}  # of the step that is being scheduled
+        self._saves: list[Save] = []  # of requests that have finished
+        self._forget: list[str] = []
+
+    # -- what the engine's scheduler calls ------------------------------------------------------------------------------
+
+    def arrived(self, request: Any) -> None:
+        """A request has come. Changes nothing of it."""
+        refusal = compat.request_refusal(request)
+        tenant = request.cache_salt or ""
+        wish = Wish(Who(tenant=tenant), "off")
+        if refusal is None:
+            try:
+                wish = self._settings.wish(compat.asked(request), tenant)
+            except InputError as error:
+                refusal = f"unusable-wish: {error}"
+        if wish.mode == "off" and refusal is None:
+            refusal = "mode-off"
+        ids = np.asarray(request.prompt_token_ids or [], dtype=np.int32)
+        times = Times(wish.who, perf_counter())
+        plan = Plan.dense(len(ids), refusal or "nothing-known")
+        self._requests[request.request_id] = _Request(request, ids, wish, times, refusal, plan)
+
+    def promised(self, request: Any, local: int) -> int | None:
+        """Tokens that can be had beyond the `local` ones which the engine's cache holds; None: ask again in a later step."""
+        state = self._requests.get(request.request_id)
+        if state is None or state.refusal is not None:
+            return 0
+        if state.promise is None or not self._holds(state.promise):
+            if state.admitted:
+                return 0  # its first tokens were computed in another way: stay with it
+            state.promise = self._make_promise(state, local)
+        promise = state.promise
+        if promise is None or promise.end <= local:
+            return 0
+        if self._prefix_caching and not state.salted:
+            if not compat.salt(state.own):
+                state.refusal = "no-salt"
+                return 0
+            state.salted = True
+            if local:
+                return None  # those tokens may be computed in this very step, too late for holes; under the salt there are none
+        holes = sum(b - a for a, b in promise.holes_from(local))
+        pending = sum(b - a for load in self._loads.values() for a, b in load.holes)
+        if pending and pending + holes > self._hole_tokens:
+            return None
+        return promise.end - local
+
+    def allocated(self, request: Any, blocks: list[int], external: int) -> None:
+        """The request is scheduled, with `external` tokens of what was promised."""
+        state = self._requests.get(request.request_id)
+        if state is None:
+            return
+        state.admitted = True
+        if external and state.promise is not None:
+            promise = state.promise
+            start = promise.end - external
+            self._loads[request.request_id] = Load(
+                request.request_id,
+                state.ids[: promise.end],
+                tuple(blocks),
+                start,
+                promise.pieces_from(start),
+                promise.holes_from(start),
+            )
+            state.loaded = True
+
+    def step(self, scheduled: dict[str, int], blocks_of: Any) -> Step:
+        """What the workers do in this step. `blocks_of(request_id)`: a request's blocks. Forgets what it handed out."""
+        saves, self._saves = self._saves, []
+        for request_id in scheduled:
+            state = self._requests.get(request_id)
+            # One step after the last of the prompt was computed: the first token does not wait for it.
+            if state is not None and not state.kept and state.own.num_computed_tokens >= len(state.ids):
+                state.kept = True
+                if segments := self._prompt(state):
+                    saves.append(Save(request_id, self._to_save(segments), tuple(blocks_of(request_id)), last=False))
+        step = Step(tuple(self._forget), tuple(self._loads.values()), tuple(saves))
+        self._forget.clear()
+        self._loads.clear()
+        return step
+
+    def finished(self, request: Any, blocks: list[int]) -> tuple[bool, ReuseReport | None]:
+        """A request has finished; True where its blocks are needed for one more step. What happened to it."""
+        state = self._requests.pop(request.request_id, None)
+        self._loads.pop(request.request_id, None)
+        if state is None:
+            return False, None
+        report = state.times.report(state.served)
+        self.counters.record(report)
+        if state.refusal is not None or self._ready is not None or not compat.finished_well(request):
+            return False, report
+        segments = [] if state.kept else self._prompt(state)
+        whole = np.asarray(request.all_token_ids, dtype=np.int32)
+        computed = min(int(request.num_computed_tokens), len(whole) - 1)
+        segments += answer_segment(
+            whole[: len(state.ids)], whole[len(state.ids) : computed], state.served, *self._labels(state)
+        )
+        if not segments:
+            return False, report
+        self._saves.append(Save(request.request_id, self._to_save(segments), tuple(blocks), last=True))
+        return True, report
+
+    def heard(self, news: News) -> None:
+        """The workers' report on a step."""
+        if self._ready is not None:
+            self._ready = news.refusal
+        for key, ranks in news.kept.items():
+            segment = self._saving.pop(key, None)
+            if segment is not None and ranks == self._ranks:
+                self._forget += self.index.add(segment)
+            elif key not in self.index:
+                self._forget.append(key)
+        for key in news.gone:
+            self.index.remove(key)
+            self._saving.pop(key, None)
+            if self._ranks > 1:
+                self._forget.append(key)
+        for kind, request_id, reason in news.faults:
+            self.counters.fault(kind)
+            state = self._requests.get(request_id)
+            if state is not None and kind != "keep":
+                state.loaded, state.known = False, replace(state.known, fallback=f"fault: {reason}")
+
+    # -- within ---------------------------------------------------------------------------------------------------------
+
+    def _make_promise(self, state: _Request, local: int) -> Promise | None:
+        """None where nothing can be promised, or not enough; `state.known` then says why."""
+        if self._ready is not None:
+            state.known = Plan.dense(len(state.ids), f"not-ready: {self._ready}")
+            return None
+        who = state.wish.who
+        found = self.index.find(state.ids, fingerprint=self._fingerprint, tenant=who.tenant)
+        state.times.matched = perf_counter()
+        state.known = make_plan(len(state.ids), found, self._settings.config, who.rule)
+        state.times.planned = perf_counter()
+        if not state.known.spans:
+            return None
+        promise = Promise.of(state.known, self._hole_tokens)
+        gain = promise.plan.reused - local
+        if not promise.end or gain < LEAST_GAIN:
+            reason = promise.plan.fallback or "little-gain"
+            state.known = replace(state.known, fallback=reason)
+            return None
+        if state.wish.mode == "shadow":
+            state.known = replace(state.known, fallback="shadow")
+            return None
+        return promise
+
+    def _holds(self, promise: Promise) -> bool:
+        return all(span.segment.key in self.index for span in promise.plan.spans)
+
+    def _labels(self, state: _Request) -> tuple[str, str, str, int]:
+        who = state.wish.who
+        return self._fingerprint, who.tenant, who.agent, self._settings.config.min_run
+
+    def _prompt(self, state: _Request) -> list[Segment]:
+        if state.refusal is not None or self._ready is not None:
+            return []
+        return prompt_segments(state.ids, state.served, state.known, *self._labels(state))
+
+    def _to_save(self, segments: list[Segment]) -> tuple[Segment, ...]:
+        self._saving.update({segment.key: segment for segment in segments})
+        return tuple(segments)

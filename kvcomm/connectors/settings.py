@@ -1,0 +1,76 @@
+"""The connector's settings: kvcomm's own configuration, and who may use it how. From a JSON object; knows nothing of vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from kvcomm.config import Config
+from kvcomm.errors import InputError
+from kvcomm.policy import Rule
+from kvcomm.who import Who
+
+__all__ = ["Mode", "Settings", "Wish"]
+
+Mode = Literal["off", "shadow", "on"]  # shadow: plan and report, load nothing
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How one request is to be served."""
+
+    who: Who
+    mode: Mode
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Validated once. `agents` maps an agent's name to its own `mode` and `rule`."""
+
+    config: Config = field(default_factory=Config)
+    mode: Mode = "on"
+    agents: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    max_hole_tokens: int | None = (
+        None  # computed outside the engine's budget, per request and per step; None: one step's budget
+    )
+    untested_vllm: bool = False  # start although nobody has tried this version of vLLM
+
+    def __post_init__(self) -> None:
+        _check_mode(self.mode, "mode")
+        for agent, given in self.agents.items():
+            if not isinstance(given, Mapping) or not given.keys() <= {"mode", "rule"}:
+                raise InputError(f"agents[{agent!r}] is {given!r}; it may have mode and rule")
+            _check_mode(given.get("mode", "on"), f"mode of agent {agent!r}")
+            Who(agent, given.get("rule", "auto"))  # type: ignore[arg-type]  # checked there
+        if self.max_hole_tokens is not None and self.max_hole_tokens < 0:
+            raise InputError(f"max_hole_tokens is {self.max_hole_tokens}; it must be at least 0")
+
+    @classmethod
+    def from_extra(cls, extra: Mapping[str, Any]) -> Settings:
+        """From `kv_connector_extra_config`: fields of `Config` and of this class side by side. Raises InputError."""
+        own = {f.name for f in fields(cls)} - {"config"}
+        known = own | {f.name for f in fields(Config)}
+        if unknown := extra.keys() - known:
+            raise InputError(f"kvcomm knows no setting {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+        config = Config.from_env(**{k: v for k, v in extra.items() if k not in own})
+        given = {k: v for k, v in extra.items() if k in own}
+        return cls(config, **{"mode": config.mode, **given})
+
+    def wish(self, asked: Mapping[str, Any], tenant: str) -> Wish:
+        """What a request's own words (`mode`, `agent`, `rule`), its agent's settings and the process's come to: the most
+        cautious of the three modes, and rule `exact` where request or agent asks for it. Raises InputError.
+        """
+        agent = str(asked.get("agent", ""))
+        of_agent = self.agents.get(agent, {})
+        modes = (self.mode, of_agent.get("mode", "on"), asked.get("mode", "on"))
+        for mode in modes:
+            _check_mode(mode, "mode")
+        rules = {of_agent.get("rule", "auto"), asked.get("rule", "auto")}
+        rule: Rule = (rules - {"auto", "exact"} or (rules & {"exact"}) or {"auto"}).pop()  # type: ignore[assignment]  # Who checks
+        return Wish(Who(agent, rule, tenant), min(modes, key=get_args(Mode).index))
+
+
+def _check_mode(mode: object, what: str) -> None:
+    if mode not in get_args(Mode):
+        raise InputError(f"{what} is {mode!r}; use one of {', '.join(get_args(Mode))}")

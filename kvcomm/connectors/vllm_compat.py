@@ -1,0 +1,261 @@
+"""Everything that is bound to a version of vLLM beyond the connector's own interface; other modules hold no such knowledge.
+
+Written against 0.32 and tried there alone. Uses: the names of a request's fields, `Request.block_hashes` (salt), the worker's
+attribute `model_runner` (handle), its `attn_groups` and their metadata builders, `CommonAttentionMetadata`,
+`set_forward_context`, the model's call, `do_kv_cache_update`. Drafters inside vLLM use the same six to run a forward.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+from uuid import uuid4
+
+import torch
+from packaging.specifiers import SpecifierSet
+from torch import Tensor
+
+from kvcomm.errors import UnsupportedModel
+
+__all__ = [
+    "TESTED",
+    "LayerCache",
+    "Rows",
+    "Runner",
+    "RunnerHandle",
+    "asked",
+    "check_version",
+    "engine_refusal",
+    "fingerprint",
+    "finished_well",
+    "layer_caches",
+    "log",
+    "request_refusal",
+    "salt",
+]
+
+TESTED = SpecifierSet(">=0.32,<0.33")
+log = logging.getLogger("vllm.kvcomm")  # vLLM prints nothing of loggers outside its own name
+
+
+def check_version(*, untested: bool) -> None:
+    """Raises UnsupportedModel for a vLLM that this module was not tried with; `untested` makes that a warning."""
+    import vllm
+
+    if TESTED.contains(vllm.__version__, prereleases=True):
+        return
+    said = f"kvcomm's connector was tested with vLLM {TESTED}, this is {vllm.__version__}"
+    if not untested:
+        raise UnsupportedModel(f"{said}; install a tested version, or set untested_vllm in the connector's extra config")
+    log.warning("%s: going on because untested_vllm is set. Answers may be WRONG.", said)
+
+
+def engine_refusal(config: Any, kv_cache_config: Any) -> str | None:
+    """Why an engine (VllmConfig, KVCacheConfig) cannot share KV; None if it can."""
+    model, parallel, groups = config.model_config, config.parallel_config, kv_cache_config.kv_cache_groups
+    specs = [group.kv_cache_spec for group in groups]
+    dtype = str(model.dtype).removeprefix("torch.")
+    reasons = {
+        "its cache is a compressed latent (MLA), whose position is not in the keys": model.use_mla,
+        "it keeps a recurrent state (state-space or hybrid)": model.is_hybrid or model.is_attention_free,
+        "it is an encoder-decoder": model.is_encoder_decoder,
+        "its positions have several axes (M-RoPE)": model.uses_mrope,
+        "its layers cache K/V in several ways (sliding windows?)": len(specs) != 1
+        or type(specs[0]).__name__ != "FullAttentionSpec"
+        or bool(specs[0].sliding_window or specs[0].attention_chunk_size or specs[0].non_causal),
+        "a draft model writes to its cache (speculative decoding)": config.speculative_config is not None,
+        "adapters are enabled (LoRA)": config.lora_config is not None,
+        f"its cache is quantised ({config.cache_config.cache_dtype})": config.cache_config.cache_dtype not in ("auto", dtype),
+        "it is spread over a pipeline": parallel.pipeline_parallel_size != 1,
+        "data-parallel engines work in step": parallel.data_parallel_size != 1,
+        "its context is spread over devices": parallel.decode_context_parallel_size != 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) != 1,
+    }
+    return next((reason for reason, true in reasons.items() if true), None)
+
+
+def request_refusal(request: Any) -> str | None:
+    """Why a request must be left alone; None if it can be served."""
+    if request.sampling_params is None:
+        return "not-generating"
+    if request.prompt_token_ids is None or request.prompt_embeds is not None:
+        return "prompt-embeddings"
+    if request.mm_features:
+        return "multimodal"
+    if request.lora_request is not None:
+        return "adapter"
+    if request.resumable:
+        return "streamed-input"
+    if request.sampling_params.prompt_logprobs is not None:
+        return "prompt-logprobs"
+    if request.skip_reading_prefix_cache:
+        return "skips-prefix-cache"
+    return None
+
+
+def asked(request: Any) -> dict[str, Any]:
+    """What a request says to kvcomm: `kv_transfer_params["kvcomm"]`, or `kvcomm_...` among `vllm_xargs`."""
+    said = (request.kv_transfer_params or {}).get("kvcomm") or {}
+    extra = getattr(request.sampling_params, "extra_args", None) or {}
+    xargs = {k.removeprefix("kvcomm_"): v for k, v in extra.items() if k.startswith("kvcomm_")}
+    return {**xargs, **said} if isinstance(said, Mapping) else {"mode": said}
+
+
+def salt(request: Any) -> bool:
+    """Take a waiting request out of everybody's prefix cache: its blocks are hashed under a salt of its own from now on.
+    False where that is not possible.
+    """
+    hashed = len(request.block_hashes)
+    before = request.block_hashes[0] if hashed else None
+    request.cache_salt = f"kvcomm:{uuid4()}:{request.cache_salt or ''}"
+    request.block_hashes = []
+    request.update_block_hashes()
+    return len(request.block_hashes) == hashed and (before is None or request.block_hashes[0] != before)
+
+
+def finished_well(request: Any) -> bool:
+    """Whether a finished request ran to its end: what it computed is whole."""
+    return request.status.name in ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION")
+
+
+def fingerprint(config: Any) -> str:
+    """Identity of the model of one engine, for KV that never leaves it."""
+    model = config.model_config
+    facts = (model.model, model.revision, str(model.dtype), model.quantization, config.cache_config.cache_dtype)
+    return blake2b(repr((*facts, model.hf_text_config.to_json_string())).encode(), digest_size=16).hexdigest()
+
+
+# -- the worker's side --------------------------------------------------------------------------------------------------
+
+_RUNNERS: list[weakref.ref[Any]] = []  # of this process; a connector has no other way to the model
+
+
+class RunnerHandle:
+    """Mixed into vLLM's worker by `--worker-extension-cls`: notes the model runner when the worker sets its attribute."""
+
+    @property
+    def model_runner(self) -> Any:
+        return self.__dict__.get("_kvcomm_runner")
+
+    @model_runner.setter
+    def model_runner(self, runner: Any) -> None:
+        self.__dict__["_kvcomm_runner"] = runner
+        if runner is not None:
+            _RUNNERS[:] = [r for r in _RUNNERS if r() is not None]
+            _RUNNERS.append(weakref.ref(runner))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCache:
+    """One attention layer and its paged K/V: first axis blocks, what a block holds is the backend's business."""
+
+    layer: Any
+    paged: Tensor
+
+    @property
+    def heads(self) -> int:
+        return int(self.layer.num_kv_heads)
+
+    @property
+    def dim(self) -> int:
+        return int(self.layer.head_size)
+
+    def write(self, keys: Tensor, values: Tensor, slots: Tensor, paged: Tensor | None = None) -> None:
+        """keys, values [tokens, heads, dim] in the model's dtype, slots int64 [tokens] = block * block size + offset."""
+        paged = self.paged if paged is None else paged
+        self.layer.impl.do_kv_cache_update(self.layer, keys, values, paged, slots)
+
+
+def layer_caches(config: Any, paged: Mapping[str, Tensor], blocks: int) -> tuple[LayerCache, ...]:
+    """The layers in the order of the model. Raises UnsupportedModel where their blocks cannot be told apart."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    layers = config.compilation_config.static_forward_context
+    names = sorted(paged, key=extract_layer_index)
+    for name in names:
+        if paged[name].shape[0] != blocks or getattr(layers[name], "kv_sharing_target_layer_name", None):
+            raise UnsupportedModel(
+                f"the cache of {name} is {list(paged[name].shape)}; [{blocks} blocks, ...] of its own expected"
+            )
+    return tuple(LayerCache(layers[name], paged[name]) for name in names)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Sequences of one short forward: row i computes `tokens[i]` ids that end its `lengths[i]` tokens of context."""
+
+    ids: Tensor  # int32 [n]
+    positions: Tensor  # int64 [n], of the rotation alone
+    slots: Tensor  # int64 [n], where K/V go
+    tokens: tuple[int, ...]  # per row
+    lengths: tuple[int, ...]  # per row
+    blocks: Sequence[Sequence[int]]  # per row
+
+
+class Runner:
+    """Runs short forwards over the paged cache, beside the engine's own."""
+
+    def __init__(self, config: Any) -> None:
+        """Raises UnsupportedModel where this process has no model runner, or one whose cache is built otherwise."""
+        runners = [r for r in (ref() for ref in _RUNNERS) if r is not None]
+        mine = [r for r in runners if r.vllm_config is config] or runners[-1:]
+        if not mine:
+            raise UnsupportedModel(
+                "the connector cannot reach the model; add --worker-extension-cls kvcomm.connectors.vllm.RunnerHandle"
+            )
+        self._runner, self._config = mine[0], mine[0].vllm_config
+        groups = [group for groups in self._runner.attn_groups for group in groups]
+        if any(group.kernel_block_size is not None for group in groups):
+            raise UnsupportedModel("attention uses other blocks than the cache's manager")
+        # Builders of our own: those of the engine may hold buffers that the step in progress points to.
+        self._groups = [
+            (g.layer_names, g.backend.get_builder_cls()(g.kv_cache_spec, g.layer_names, self._config, self._runner.device))
+            for g in groups
+        ]
+        self.device: torch.device = self._runner.device
+        self.max_tokens = int(self._config.scheduler_config.max_num_batched_tokens)
+        self.max_rows = int(self._config.scheduler_config.max_num_seqs)
+
+    @torch.inference_mode()
+    def forward(self, rows: Rows) -> None:
+        """Computes K/V of all rows. In every layer all of them are written before any row attends."""
+        from vllm.forward_context import set_forward_context
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        count, total = len(rows.tokens), len(rows.ids)
+        starts = torch.zeros(count + 1, dtype=torch.int32)
+        starts[1:] = torch.tensor(rows.tokens).cumsum(0)
+        lengths = torch.tensor(rows.lengths, dtype=torch.int32)
+        width = max(len(blocks) for blocks in rows.blocks)
+        table = torch.zeros(count, width, dtype=torch.int32)
+        for i, blocks in enumerate(rows.blocks):
+            table[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        slots, positions = rows.slots.to(self.device), rows.positions.to(self.device)
+        common = CommonAttentionMetadata(
+            query_start_loc=starts.to(self.device),
+            query_start_loc_cpu=starts,
+            seq_lens=lengths.to(self.device),
+            seq_lens_cpu_upper_bound=lengths,
+            num_reqs=count,
+            num_actual_tokens=total,
+            max_query_len=max(rows.tokens),
+            max_seq_len=max(rows.lengths),
+            block_table_tensor=table.to(self.device),
+            slot_mapping=slots,
+            causal=True,
+            is_prefilling=torch.ones(count, dtype=torch.bool),
+            positions=positions,
+        )
+        attention, mapping = {}, {}
+        for names, builder in self._groups:
+            built = builder.build(0, common)
+            attention.update(dict.fromkeys(names, built))
+            mapping.update(dict.fromkeys(names, slots))
+        with set_forward_context(attention, self._config, num_tokens=total, slot_mapping=mapping):
+            self._runner.model(
+                input_ids=rows.ids.to(self.device), positions=positions, intermediate_tensors=None, inputs_embeds=None
+            )

@@ -1,0 +1,140 @@
+"""A worker's part of every step: forget, load and compute holes before the engine's forward, save after it, report.
+
+Nothing that goes wrong here ends a step: a request whose K/V cannot be assembled is computed densely in its place, in the pass
+that computes holes. Where not even that works, its blocks are reported and the engine's own policy decides.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvcomm.connectors.capture import Keeper
+from kvcomm.connectors.holes import HolePass, Row
+from kvcomm.connectors.loading import Loader, Lost
+from kvcomm.connectors.messages import Load, News, Save, Step
+from kvcomm.connectors.vllm_compat import log
+from kvcomm.store.base import Kept, Store
+
+__all__ = ["Refusing", "Worker"]
+
+
+class Worker:
+    """One rank. `alone`: no other rank computes the same requests."""
+
+    def __init__(self, loader: Loader, keeper: Keeper, holes: HolePass, store: Store, *, alone: bool) -> None:
+        self._loader, self._keeper, self._holes, self._store, self._alone = loader, keeper, holes, store, alone
+        self._news = News()
+        self._told = False
+        self._finished: set[str] = set()
+        self._bad_blocks: set[int] = set()
+        self._given_up: set[str] = set()  # requests whose blocks were bad once: nothing of them is kept
+
+    @torch.inference_mode()
+    def before_forward(self, step: Step) -> None:
+        """Must run before the engine's forward of the step that the loads belong to."""
+        for key in step.forget:
+            self._store.remove(key)
+        rows: list[Row] = []
+        for load in step.loads:
+            rows += self._loaded(load)
+        if not rows:
+            return
+        try:
+            self._holes.run(rows)
+        except Exception as fault:  # noqa: BLE001  # the engine's step must go on
+            log.exception("kvcomm: computing holes failed")
+            for load in step.loads:
+                self._give_up(load, fault)
+
+    def after_forward(self, step: Step) -> None:
+        """Must run when the K/V of the step's tokens are in the cache."""
+        for save in step.saves:
+            try:
+                self._save(save)
+            finally:
+                if save.last:
+                    self._finished.add(save.request_id)
+                    self._given_up.discard(save.request_id)
+
+    def finished(self) -> set[str]:
+        """Requests whose blocks are not needed any more, since the last call."""
+        done, self._finished = self._finished, set()
+        return done
+
+    def bad_blocks(self) -> set[int]:
+        """Blocks that hold nothing that could be used, since the last call."""
+        bad, self._bad_blocks = self._bad_blocks, set()
+        return bad
+
+    def news(self) -> News | None:
+        """What happened since the last call; None when nothing did. The first call always has something to say."""
+        news, self._news = self._news, News()
+        nothing = self._told and news == self._news
+        self._told = True
+        return None if nothing else news
+
+    def _loaded(self, load: Load) -> list[Row]:
+        """Writes what is stored; what is to be computed then."""
+        holes = load.holes
+        try:
+            self._loader.load(load)
+        except Exception as fault:  # noqa: BLE001  # whatever it was, the request is computed
+            if isinstance(fault, Lost):
+                self._news.gone.add(fault.key)
+            if self._alone:
+                self._fault("load", load, fault)
+                holes = ((load.start, load.end),)
+            else:  # other ranks compute these holes: so must this one
+                self._give_up(load, fault)
+        return [Row(load.blocks, a, load.ids[a:b]) for a, b in holes]
+
+    def _give_up(self, load: Load, fault: Exception) -> None:
+        self._fault("give-up", load, fault)
+        self._given_up.add(load.request_id)
+        size = self._keeper.block_size
+        self._bad_blocks |= set(load.blocks[load.start // size : -(-load.end // size)])
+
+    def _save(self, save: Save) -> None:
+        for segment in save.segments:
+            kept = Kept(stored=False)
+            try:
+                if save.request_id not in self._given_up:
+                    kept = self._keeper.keep(segment, save)
+            except Exception as fault:  # noqa: BLE001  # keeping is optional
+                self._news.faults.append(("keep", save.request_id, repr(fault)))
+                log.warning("kvcomm: a run of %s was not kept: %r", save.request_id, fault)
+            self._news.gone |= set(kept.evicted)
+            if kept:
+                self._news.kept[segment.key] += 1
+                self._news.gone.discard(segment.key)
+            else:
+                self._news.gone.add(segment.key)
+
+    def _fault(self, kind: str, load: Load, fault: Exception) -> None:
+        self._news.faults.append((kind, load.request_id, repr(fault)))
+        log.warning("kvcomm: %s of request %s: %r; it is computed densely", kind, load.request_id, fault)
+
+
+class Refusing:
+    """In place of a `Worker` where the engine cannot be served: says why, once, and lets every request's blocks go."""
+
+    def __init__(self, refusal: str) -> None:
+        self._news: News | None = News(refusal=refusal)
+        self._finished: set[str] = set()
+
+    def before_forward(self, step: Step) -> None:
+        assert not step.loads, "nothing is promised before the workers have reported"
+
+    def after_forward(self, step: Step) -> None:
+        self._finished |= {save.request_id for save in step.saves if save.last}
+
+    def finished(self) -> set[str]:
+        done, self._finished = self._finished, set()
+        return done
+
+    def bad_blocks(self) -> set[int]:
+        return set()
+
+    def news(self) -> News | None:
+        news, self._news = self._news, None
+        return news

@@ -56,7 +56,9 @@ class Pages:
         whole = sorted_.permute(1, 3, 0, 2, 4).reshape(2, cache.heads, -1, cache.dim)  # [2, heads, tokens, dim]
         skip = start - first * size
         out = whole[:, :, skip : skip + end - start].cpu()
-        return out[0].clone(memory_format=torch.contiguous_format), out[1].clone(memory_format=torch.contiguous_format)
+        with torch.inference_mode(mode=False):  # ordinary tensors: torch counts writes to them
+            keys, values = (x.clone(memory_format=torch.contiguous_format) for x in out)
+        return keys, values
 
     def _layout(self, layer: int) -> tuple[Tensor, tuple[int, ...] | None]:
         cache = self.layers[layer]

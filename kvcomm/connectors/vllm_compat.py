@@ -217,6 +217,8 @@ class Runner:
             for g in groups
         ]
         self.device: torch.device = self._runner.device
+        if self.device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+            torch.cpu._init_amx()  # asks the kernel for the tiles; else a forward before the engine's first one is killed
         self.max_tokens = int(self._config.scheduler_config.max_num_batched_tokens)
         self.max_rows = int(self._config.scheduler_config.max_num_seqs)
 

@@ -1,0 +1,244 @@
+"""A real vLLM engine on a tiny random Llama, and what its answers must be: a Hugging Face forward with hand-made past KV."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kvcomm.segments import Plan
+from kvcomm.testing import tiny_random
+
+# Before vLLM is imported, here and in the subprocesses of tests.
+os.environ.update(
+    VLLM_CPU_KVCACHE_SPACE="1",  # GiB
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # everything in this process: tests look inside
+    VLLM_HOST_IP="127.0.0.1",
+    VLLM_NO_USAGE_STATS="1",
+)
+
+VOCABULARY = 512
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 1024,
+        },
+    },
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 1024,
+        },
+    },
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings("ignore"))  # vLLM's own, of which there are many
+
+
+def random_model(folder: Path, rope: str = "default") -> Any:
+    """A tiny Llama, saved to `folder`, with a head size that vLLM's CPU kernels take."""
+    model = tiny_random(
+        "llama", hidden_size=256, intermediate_size=512, head_dim=64, vocab_size=VOCABULARY, max_position_embeddings=4096,
+        initializer_range=0.08, **ROPES[rope],
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    return model
+
+
+@dataclass
+class Oracle:
+    """What a model answers where K/V is put together by hand. Rotates by its own arithmetic, in double precision."""
+
+    model: Any
+    _dense: dict[bytes, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def kv(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Keys and values of a dense forward: [layers, heads, tokens, dim]."""
+        from transformers import DynamicCache
+
+        name = np.asarray(ids, dtype=np.int32).tobytes()
+        if name not in self._dense:
+            cache = DynamicCache()
+            self.model(torch.tensor([list(ids)]), past_key_values=cache, use_cache=True)
+            self._dense[name] = (
+                torch.stack([layer.keys[0] for layer in cache.layers]),
+                torch.stack([layer.values[0] for layer in cache.layers]),
+            )
+        return self._dense[name]
+
+    def turned(self, keys: Tensor, tokens: int) -> Tensor:
+        """Keys moved by `tokens` positions."""
+        angle = tokens * self.model.model.rotary_emb.inv_freq.double()
+        cos, sin = angle.cos().float(), angle.sin().float()
+        a, b = keys.chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    @torch.no_grad()
+    def answer(self, ids: Sequence[int], plan: Plan | None = None, new: int = 8) -> tuple[list[int], Tensor]:
+        """Greedy tokens, and the log-probabilities of the first, with the prompt's K/V put together as `plan` says, from dense
+        K/V of what its segments stood in: reused runs are appended, the others computed, one after the other.
+        """
+        from transformers import DynamicCache
+
+        cache, computed = DynamicCache(), np.ones(len(ids), dtype=bool)
+        source = np.full(len(ids), -1)
+        for i, span in enumerate(() if plan is None else plan.spans):
+            assert span.segment.exact, "the oracle knows dense K/V only"
+            source[span.start : span.end] = i
+        if plan is not None:
+            computed[:] = False
+            computed[plan.recompute] = True
+        source[computed] = -1
+        edges = [0, *(np.flatnonzero(np.diff(source)) + 1).tolist(), len(ids)]
+        logits = torch.empty(0)
+        for start, end in zip(edges, edges[1:], strict=False):
+            if source[start] < 0:
+                where = torch.arange(start, end)[None]
+                out = self.model(torch.tensor([list(ids[start:end])]), past_key_values=cache, use_cache=True, position_ids=where)
+                logits = out.logits[0, -1]
+                continue
+            assert plan is not None
+            span = plan.spans[source[start]]
+            old = span.segment.start + span.offset + start - span.start
+            keys, values = self.kv([*span.segment.context.tolist(), *span.segment.ids.tolist()])
+            part = slice(old, old + end - start)
+            for layer in range(len(keys)):
+                cache.update(self.turned(keys[layer : layer + 1, :, part], start - old), values[layer : layer + 1, :, part], layer)
+        first, tokens = logits.log_softmax(-1), []
+        for i in range(new):
+            tokens.append(int(logits.argmax()))
+            at = torch.tensor([[len(ids) + i]])
+            logits = self.model(torch.tensor([tokens[-1:]]), past_key_values=cache, use_cache=True, position_ids=at).logits[0, -1]
+        return tokens, first
+
+
+@dataclass
+class Engine:
+    """One engine in this process, and how each of its requests was served."""
+
+    llm: Any
+    oracle: Oracle
+    served: dict[str, Plan] = field(default_factory=dict)  # external id of a request -> as it was computed
+
+    @property
+    def scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def desk(self) -> Any:
+        return self.scheduler.connector.desk
+
+    @property
+    def worker(self) -> Any:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group().worker
+
+    def watch(self) -> None:
+        """Note every request's plan when it finishes."""
+        finished = self.desk.finished
+
+        def noting(request: Any, blocks: list[int]) -> Any:
+            state = self.desk._requests.get(request.request_id)
+            if state is not None:
+                self.served[request.request_id.rpartition("-")[0] or request.request_id] = state.served
+            return finished(request, blocks)
+
+        self.desk.finished = noting
+
+    def ask(self, *prompts: Sequence[int], new: int = 8, salts: Sequence[str | None] = (), **kvcomm: Any) -> list[Any]:
+        """All at once; outputs in order. `kvcomm` is what the requests say to the connector."""
+        from vllm import SamplingParams
+
+        inputs: list[dict[str, Any]] = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        for given, salt in zip(inputs, salts, strict=False):
+            if salt is not None:
+                given["cache_salt"] = salt
+        extra = {"extra_args": {"kv_transfer_params": {"kvcomm": kvcomm}}} if kvcomm else {}
+        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, logprobs=20, **extra)
+        outputs: list[Any] = self.llm.generate(inputs, params, use_tqdm=False)
+        return outputs
+
+    def plan(self, output: Any) -> Plan:
+        return self.served[output.request_id]
+
+    def error(self, output: Any, plan: Plan | None = None) -> float:
+        """Distance of an output from the oracle: the largest difference among the top-20 log-probabilities of its first token;
+        infinite where its greedy tokens differ.
+        """
+        ours = list(output.outputs[0].token_ids)
+        tokens, first = self.oracle.answer(output.prompt_token_ids, plan, len(ours))
+        if ours != tokens:
+            return float("inf")
+        return max(abs(first[token].item() - said.logprob) for token, said in output.outputs[0].logprobs[0].items())
+
+    def check(self, *outputs: Any) -> None:
+        """Every output is what the oracle says for the plan that served it."""
+        for output in outputs:
+            assert self.error(output, self.plan(output)) < 1e-4
+
+
+@pytest.fixture(scope="session")
+def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Iterator[Engine]]:
+    """A function that runs one engine for as long as its generator is open; there can be one at a time."""
+    pytest.importorskip("vllm")
+
+    def start(rope: str = "default", extra: dict[str, Any] | None = None, policy: str = "recompute", **options: Any) -> Iterator[Engine]:
+        from vllm import LLM
+        from vllm.config import KVTransferConfig
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        folder = tmp_path_factory.mktemp("model")
+        oracle = Oracle(random_model(folder, rope))
+        defaults = {
+            "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 8, "max_num_batched_tokens": 2048, "enforce_eager": True,
+            "worker_extension_cls": "kvcomm.connectors.vllm.RunnerHandle",
+        }  # fmt: skip
+        transfer = KVTransferConfig(
+            kv_connector="KVCommConnector",
+            kv_connector_module_path="kvcomm.connectors.vllm",
+            kv_role="kv_both",
+            kv_load_failure_policy=policy,
+            kv_connector_extra_config=extra or {},
+        )
+        llm = LLM(model=str(folder), skip_tokenizer_init=True, seed=0, kv_transfer_config=transfer, **{**defaults, **options})
+        engine = Engine(llm, oracle)
+        engine.watch()
+        engine.ask(list(range(3, 40)))  # from now on it is ready
+        yield engine
+        del engine, llm
+        cleanup_dist_env_and_memory()
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def engine(start_engine: Callable[..., Iterator[Engine]]) -> Iterator[Engine]:
+    """The usual engine of a module."""
+    yield from start_engine()
+
+
+@pytest.fixture
+def text() -> Callable[[int], list[int]]:
+    """Random token ids, other ones in every test."""
+    rng = np.random.default_rng()
+
+    def some(tokens: int) -> list[int]:
+        ids: list[int] = rng.integers(3, VOCABULARY, tokens).tolist()
+        return ids
+
+    return some

@@ -201,6 +201,7 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Iter
         from vllm import LLM
         from vllm.config import KVTransferConfig
         from vllm.distributed import cleanup_dist_env_and_memory
+        from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
         folder = tmp_path_factory.mktemp("model")
         oracle = Oracle(random_model(folder, rope))
@@ -220,6 +221,8 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Iter
         engine.watch()
         engine.ask(list(range(3, 40)))  # from now on it is ready
         yield engine
+        llm.llm_engine.engine_core.shutdown()
+        ensure_kv_transfer_shutdown()
         del engine, llm
         cleanup_dist_env_and_memory()
 

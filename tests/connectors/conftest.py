@@ -108,7 +108,9 @@ class Oracle:
         for start, end in zip(edges, edges[1:], strict=False):
             if source[start] < 0:
                 where = torch.arange(start, end)[None]
-                out = self.model(torch.tensor([list(ids[start:end])]), past_key_values=cache, use_cache=True, position_ids=where)
+                out = self.model(
+                    torch.tensor([list(ids[start:end])]), past_key_values=cache, use_cache=True, position_ids=where
+                )
                 logits = out.logits[0, -1]
                 continue
             assert plan is not None
@@ -117,12 +119,16 @@ class Oracle:
             keys, values = self.kv([*span.segment.context.tolist(), *span.segment.ids.tolist()])
             part = slice(old, old + end - start)
             for layer in range(len(keys)):
-                cache.update(self.turned(keys[layer : layer + 1, :, part], start - old), values[layer : layer + 1, :, part], layer)
+                cache.update(
+                    self.turned(keys[layer : layer + 1, :, part], start - old), values[layer : layer + 1, :, part], layer
+                )
         first, tokens = logits.log_softmax(-1), []
         for i in range(new):
             tokens.append(int(logits.argmax()))
             at = torch.tensor([[len(ids) + i]])
-            logits = self.model(torch.tensor([tokens[-1:]]), past_key_values=cache, use_cache=True, position_ids=at).logits[0, -1]
+            logits = self.model(torch.tensor([tokens[-1:]]), past_key_values=cache, use_cache=True, position_ids=at).logits[
+                0, -1
+            ]
         return tokens, first
 
 
@@ -194,10 +200,18 @@ class Engine:
 
 @pytest.fixture(scope="session")
 def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Iterator[Engine]]:
-    """A function that runs one engine for as long as its generator is open; there can be one at a time."""
+    """A function that runs one engine for as long as its generator is open; there can be one at a time. Not `inside`: in
+    processes of its own, where nobody can look.
+    """
     pytest.importorskip("vllm")
 
-    def start(rope: str = "default", extra: dict[str, Any] | None = None, policy: str = "recompute", **options: Any) -> Iterator[Engine]:
+    def start(
+        rope: str = "default",
+        extra: dict[str, Any] | None = None,
+        policy: str = "recompute",
+        inside: bool = True,
+        **options: Any,
+    ) -> Iterator[Engine]:
         from vllm import LLM
         from vllm.config import KVTransferConfig
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -218,11 +232,13 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Iter
         )
         llm = LLM(model=str(folder), skip_tokenizer_init=True, seed=0, kv_transfer_config=transfer, **{**defaults, **options})
         engine = Engine(llm, oracle)
-        engine.watch()
+        if inside:
+            engine.watch()
         engine.ask(list(range(3, 40)))  # from now on it is ready
         yield engine
         llm.llm_engine.engine_core.shutdown()
-        ensure_kv_transfer_shutdown()
+        if inside:
+            ensure_kv_transfer_shutdown()
         del engine, llm
         cleanup_dist_env_and_memory()
 

@@ -1,0 +1,148 @@
+"""The connector in engines of other kinds: ropes, chunked prefill, few blocks, no prefix cache, bf16, compiled, several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvcomm.config import Config
+from kvcomm.matching import TextIndex
+from kvcomm.policy import plan as make_plan
+from kvcomm.segments import Plan, Segment
+
+pytest.importorskip("vllm")
+
+Text = Callable[[int], list[int]]
+Start = Callable[..., Iterator[Any]]
+
+
+@contextmanager
+def running(engines: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield next(engines)
+    finally:
+        next(engines, None)
+
+
+def known_plan(prompt: list[int], *earlier: list[int]) -> Plan:
+    """What kvcomm's own matching and policy make of a prompt where these were seen: for engines that cannot be looked into."""
+    index = TextIndex()
+    for ids in earlier:
+        index.add(Segment(np.asarray(ids, dtype=np.int32), np.zeros(0, dtype=np.int32), "model"))
+    ids = np.asarray(prompt, dtype=np.int32)
+    return make_plan(len(ids), index.find(ids, fingerprint="model"), Config())
+
+
+@pytest.mark.parametrize(
+    ("rope", "options"),
+    [
+        ("yarn", {"max_num_batched_tokens": 128}),  # chunked prefill, and holes in several passes
+        ("llama3", {"max_num_seqs": 2}),
+        ("default", {"enable_prefix_caching": False}),
+        ("default", {"enforce_eager": False}),
+        ("default", {"block_size": 32}),
+    ],
+    ids=["yarn, chunked", "llama3, two rows", "no prefix cache", "compiled", "small blocks"],
+)
+def test_other_engines(start_engine: Start, text: Text, rope: str, options: dict[str, Any]) -> None:
+    a, b, c = text(210), text(95), text(140)
+    with running(start_engine(rope, **options)) as engine:
+        engine.check(*engine.ask([*a, *b, *c]))
+        prompts = ([*b, *a, *text(40)], [*text(3), *c, *text(150), *a, *text(5), *b[10:]], text(200), [*c, *b])
+        outputs = engine.ask(*prompts)
+        engine.check(*outputs)
+        assert [engine.plan(o).reused > 0 for o in outputs] == [True, True, False, True]
+
+
+def test_hole_budget(start_engine: Start, text: Text) -> None:
+    """What would exceed it is left to the engine, and requests of one step wait for each other."""
+    a, b = text(150), text(130)
+    with running(start_engine(extra={"max_hole_tokens": 12})) as engine:
+        engine.ask([*a, *b])
+        outputs = engine.ask([*b, *text(8), *a], [*text(5), *a, *b[20:]], [*b, *text(20), *a], [*text(13), *a])
+        engine.check(*outputs)
+        spans = [len(engine.plan(o).spans) for o in outputs]
+        assert spans == [2, 2, 1, 0]
+        assert engine.plan(outputs[3]).fallback == "too-many-holes"
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_preempted(start_engine: Start, text: Text, prefix_caching: bool) -> None:
+    """Too few blocks for all: some request is preempted and resumed, and no answer changes."""
+    a, b, c = text(150), text(97), text(203)
+    options = {"num_gpu_blocks_override": 18, "enable_prefix_caching": prefix_caching, "max_model_len": 1024}
+    with running(start_engine(**options)) as engine:
+        engine.ask([*a, *b, *c])
+        preempted = []
+        finished = engine.desk.finished
+
+        def noting(request: Any, blocks: list[int]) -> Any:
+            preempted.append(request.num_preemptions)
+            return finished(request, blocks)
+
+        engine.desk.finished = noting
+        outputs = engine.ask([*c, *a], text(450), [*text(5), *b, *c], [*a, *text(9), *b, *c], new=300)
+        assert sum(preempted) > 0
+        engine.check(*outputs)
+        assert [engine.plan(o).reused > 0 for o in outputs] == [True, False, True, True]
+
+
+def test_failing_policy_is_not_needed(start_engine: Start, text: Text) -> None:
+    """vLLM's default policy fails requests whose load failed; a lost segment is none of these: it is computed in the pass."""
+    a, b = text(200), text(150)
+    with running(start_engine(policy="fail")) as engine:
+        engine.ask([*a, *b])
+        store = engine.worker._store
+        for segment in store.segments():
+            store.remove(segment.key)
+        hurt, dense = engine.ask([*b, *a], text(90))
+        assert engine.error(hurt) < 1e-4
+        engine.check(dense)
+        assert engine.plan(hurt).fallback.startswith("fault: ")
+        engine.check(*engine.ask([*b, *a]))
+
+
+def test_bounded_store(start_engine: Start, text: Text) -> None:
+    """A store for two prompts: what leaves it is forgotten, and nothing that is promised is missing."""
+    per_token = 4 * 2 * 2 * 64 * 4
+    with running(start_engine(extra={"store_bytes": 450 * per_token})) as engine:
+        texts = [text(200) for _ in range(5)]
+        for ids in texts:
+            engine.ask(ids, new=3)
+        store = engine.worker._store
+        store.check_integrity()
+        engine.desk.index.check_integrity()
+        assert {s.key for s in store.segments()} >= set(engine.desk.index._records)
+        assert engine.desk.counters.value("faults", "load") == 0
+        old, recent = engine.ask([*text(40), *texts[0]], [*text(40), *texts[4]])
+        engine.check(old, recent)
+        assert (engine.plan(old).reused, engine.plan(recent).reused > 150) == (0, True)
+
+
+def test_bf16(start_engine: Start, text: Text) -> None:
+    """In bf16 the oracle is only near: K/V of a moved prompt against float32, beside the engine's own dense error."""
+    a, b = text(210), text(130)
+    with running(start_engine(dtype="bfloat16")) as engine:
+        engine.ask([*a, *b])
+        moved, dense = engine.ask([*b, *a], text(300), new=1)
+        assert engine.plan(moved).reused > 300
+        assert engine.error(moved, engine.plan(moved)) < max(0.15, 3 * engine.error(dense))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_in_processes_of_their_own(start_engine: Start, text: Text, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scheduler and workers in other processes; with two ranks each holds its share of the heads."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    a, b = text(210), text(130)
+    with running(start_engine(inside=False, tensor_parallel_size=ranks)) as engine:
+        engine.ask([*a, *b])
+        prompts = ([*b, *text(3), *a], [*text(7), *a[20:], *b])
+        outputs = engine.ask(*prompts)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            plan = known_plan(prompt, [*a, *b])
+            assert output.kv_transfer_params["kvcomm"]["reused_tokens"] == plan.reused > 250
+            assert engine.error(output, plan) < 1e-4

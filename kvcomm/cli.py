@@ -1,7 +1,8 @@
 """The command line: finds the chosen command, loads its module and nothing else, and turns errors into exit codes.
 
-A command is a module with `add_arguments(parser) -> None` and `run(args) -> int`. Every command has `--format`, `--output` and
-`--quiet`. Exit codes: 0 done, 1 something failed, 2 the input cannot be used, 130 interrupted.
+A command is a module with `add_arguments(parser) -> None` and `run(args) -> int`. Every command but those that pass
+options on to another program has `--format`, `--output` and `--quiet`. Exit codes: 0 done, 1 something failed, 2 the input
+cannot be used, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Command:
     words: tuple[str, ...]
     module: str
     help: str
+    passes_on: bool = False  # what it does not know is for another program, and reaches it as `args.rest`; no shared flags
 
 
 COMMANDS = (
@@ -47,6 +49,7 @@ COMMANDS = (
     Command(("bench", "ttft"), "kvcomm.bench.ttft", "time to first token of each agent: dense, prefix cache, shared, limit"),
     Command(("bench", "fidelity"), "kvcomm.bench.fidelity.command", "answers under every way of reusing KV, beside dense"),
     Command(("bench", "pool"), "kvcomm.bench.pool", "search among 10,000 to 1,000,000 anchor tokens: time, recall, bytes"),
+    Command(("vllm",), "kvcomm.connectors.serve", "vLLM's OpenAI server with the connector; other options are vLLM's", True),
     Command(("doctor",), "kvcomm.doctor", "what is installed, what can be used here, what is missing"),
 )
 GROUPS = (("bench", "measure on this machine"),)
@@ -62,7 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_usage(sys.stderr)
         return 2
     try:
-        return _load(chosen).run(parser.parse_args(argv))
+        args, rest = parser.parse_known_args(argv)
+        if chosen.passes_on:
+            args.rest = rest
+        elif rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return _load(chosen).run(args)
     except (KVCommError, OSError) as e:
         if os.environ.get("KVCOMM_DEBUG") == "1":
             raise
@@ -85,9 +93,16 @@ def _parser(chosen: Command | None) -> argparse.ArgumentParser:
         *group, name = command.words
         within = groups[group[0]] if group else names
         # "resolve": a command may give a shared flag a wider meaning of its own
-        parser = within.add_parser(name, help=command.help, description=command.help, conflict_handler="resolve")
+        parser = within.add_parser(
+            name,
+            help=command.help,
+            description=command.help,
+            conflict_handler="resolve",
+            allow_abbrev=not command.passes_on,
+        )
         if command is chosen:
-            _shared_arguments(parser)
+            if not command.passes_on:
+                _shared_arguments(parser)
             _load(command).add_arguments(parser)
     return top
 

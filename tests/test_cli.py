@@ -111,7 +111,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: cli
     assert e.value.code == 0
     out = capsys.readouterr().out
     assert command.help in " ".join(out.split())
-    assert "--format {terminal,json}" in out
+    assert ("--format {terminal,json}" in out) is not command.passes_on
 
 
 def test_module_is_the_command() -> None:
@@ -119,3 +119,22 @@ def test_module_is_the_command() -> None:
         [sys.executable, "-m", "kvcomm", "--version"], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout) == (0, f"kvcomm {__version__}\n")
+
+
+def test_what_another_program_knows_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`kvcomm vllm` keeps its own flag and hands over the others as they are, whatever their names are short for."""
+    seen: list[Namespace] = []
+
+    def add_arguments(parser: ArgumentParser) -> None:
+        parser.add_argument("--kvcomm-config")
+
+    def run(args: Namespace) -> int:
+        seen.append(args)
+        return 0
+
+    module = ModuleType("kvcomm.connectors.serve")
+    module.__dict__.update(add_arguments=add_arguments, run=run)
+    monkeypatch.setitem(sys.modules, "kvcomm.connectors.serve", module)
+    assert cli.main(["vllm", "--model", "m", "-q", "awq", "--kvcomm", "x", "--kvcomm-config", "{}", "--output=y"]) == 0
+    assert seen[0].rest == ["--model", "m", "-q", "awq", "--kvcomm", "x", "--output=y"]
+    assert seen[0].kvcomm_config == "{}"

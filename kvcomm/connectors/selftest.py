@@ -76,7 +76,7 @@ def _rope(hf_config: Any, layers: int) -> Rope:
         raise UnsupportedModel(f"{hf_config.num_hidden_layers} layers cache K/V {layers} times")
     try:
         with torch.device("meta"):
-            skeleton: Any = AutoModel.from_config(hf_config)  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+            skeleton: Any = AutoModel.from_config(hf_config)
         decoder = skeleton.get_decoder()
         decoder.rotary_emb = type(decoder.rotary_emb)(hf_config)
     except (AttributeError, TypeError, ValueError) as error:

@@ -63,11 +63,11 @@ class Settings:
         """
         agent = str(asked.get("agent", ""))
         of_agent = self.agents.get(agent, {})
-        modes = (self.mode, of_agent.get("mode", "on"), asked.get("mode", "on"))
+        modes: list[Any] = [self.mode, of_agent.get("mode", "on"), asked.get("mode", "on")]
         for mode in modes:
             _check_mode(mode, "mode")
-        rules = {of_agent.get("rule", "auto"), asked.get("rule", "auto")}
-        rule: Rule = (rules - {"auto", "exact"} or (rules & {"exact"}) or {"auto"}).pop()  # type: ignore[assignment]  # Who checks
+        rules: set[Any] = {of_agent.get("rule", "auto"), asked.get("rule", "auto")}
+        rule: Rule = (rules - {"auto", "exact"} or (rules & {"exact"}) or {"auto"}).pop()
         return Wish(Who(agent, rule, tenant), min(modes, key=get_args(Mode).index))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Oracle:
 
         name = np.asarray(ids, dtype=np.int32).tobytes()
         if name not in self._dense:
-            cache = DynamicCache()
+            cache: Any = DynamicCache()
             self.model(torch.tensor([list(ids)]), past_key_values=cache, use_cache=True)
             self._dense[name] = (
                 torch.stack([layer.keys[0] for layer in cache.layers]),
@@ -105,7 +106,7 @@ class Oracle:
         source[computed] = -1
         edges = [0, *(np.flatnonzero(np.diff(source)) + 1).tolist(), len(ids)]
         logits = torch.empty(0)
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             if source[start] < 0:
                 where = torch.arange(start, end)[None]
                 out = self.model(
@@ -190,7 +191,8 @@ class Engine:
         tokens, first = self.oracle.answer(output.prompt_token_ids, plan, len(ours))
         if ours != tokens:
             return float("inf")
-        return max(abs(first[token].item() - said.logprob) for token, said in output.outputs[0].logprobs[0].items())
+        said = output.outputs[0].logprobs[0]
+        return max(abs(first[token].item() - float(one.logprob)) for token, one in said.items())
 
     def check(self, *outputs: Any) -> None:
         """Every output is what the oracle says for the plan that served it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ BLOCK = 128  # tokens of a block of vLLM's CPU cache
 def parts(engine: Any, text: Text) -> dict[str, list[int]]:
     """Four texts that the engine has seen one behind the other."""
     known = {"A": text(150), "B": text(97), "C": text(61), "D": text(203)}
-    first, _ = engine.ask(sum(known.values(), []), text(9))
+    first, _ = engine.ask([*chain(*known.values())], text(9))
     engine.check(first)
     assert engine.plan(first).fallback is not None
     return known
@@ -27,7 +28,7 @@ def parts(engine: Any, text: Text) -> dict[str, list[int]]:
 
 def test_what_is_kept_is_what_a_dense_forward_caches(engine: Any, parts: dict[str, list[int]]) -> None:
     """The store's K/V of a prompt against Hugging Face's cache."""
-    prompt = sum(parts.values(), [])
+    prompt = [*chain(*parts.values())]
     store = engine.worker._store
     found = [s for s in store.segments() if s.ids.tolist() == prompt]
     assert len(found) == 1
@@ -57,7 +58,7 @@ def test_moved_and_reordered(engine: Any, text: Text, parts: dict[str, list[int]
 
 def test_the_same_prompt_again(engine: Any, parts: dict[str, list[int]]) -> None:
     """vLLM's own cache has whole blocks of it; ours has all of it, and gives what a dense forward gives."""
-    prompt = sum(parts.values(), [])
+    prompt = [*chain(*parts.values())]
     (output,) = engine.ask(prompt)
     assert engine.error(output) < 1e-4
 

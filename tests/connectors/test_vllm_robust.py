@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_the_oracle_sees_wrong_holes(
     monkeypatch.setattr(HolePass, "run", wrong)
     (output,) = engine.ask([*pair[1], *text(5), *pair[0], *text(3), *pair[1]])
     plan = engine.plan(output)
-    assert len([s for s in plan.spans]) == 3
+    assert len(plan.spans) == 3
     assert engine.error(output, plan) > 1e-3
 
 
@@ -171,7 +172,7 @@ def test_fuzz(engine: Any, text: Text) -> None:
     """Random prompts of known runs and new text, four at a time beside a dense one; every answer is the oracle's."""
     rng = np.random.default_rng(7)
     known = [text(int(n)) for n in (150, 97, 61, 203)]
-    engine.ask(sum(known, []))
+    engine.ask([*chain(*known)])
     reused = holes = 0
     for _ in range(8):
         prompts = []

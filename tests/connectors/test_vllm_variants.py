@@ -1,4 +1,4 @@
-"""The connector in engines of other kinds: ropes, chunked prefill, few blocks, no prefix cache, bf16, compiled, several processes."""
+"""Engines of other kinds: ropes, chunked prefill, few blocks, no prefix cache, bf16, compiled, several processes."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def known_plan(prompt: list[int], *earlier: list[int]) -> Plan:
     index = TextIndex()
     for ids in earlier:
         index.add(Segment(np.asarray(ids, dtype=np.int32), np.zeros(0, dtype=np.int32), "model"))
-    ids = np.asarray(prompt, dtype=np.int32)
-    return make_plan(len(ids), index.find(ids, fingerprint="model"), Config())
+    found = index.find(np.asarray(prompt, dtype=np.int32), fingerprint="model")
+    return make_plan(len(prompt), found, Config())
 
 
 @pytest.mark.parametrize(

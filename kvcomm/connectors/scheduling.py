@@ -107,6 +107,7 @@ class Desk:
         if self._prefix_caching and not state.salted:
             if not compat.salt(state.own):
                 state.refusal = "no-salt"
+                state.known = replace(state.known, fallback="no-salt")
                 return 0
             state.salted = True
             if local:

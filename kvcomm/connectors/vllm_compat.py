@@ -107,14 +107,16 @@ def asked(request: Any) -> dict[str, Any]:
 
 def salt(request: Any) -> bool:
     """Take a waiting request out of everybody's prefix cache: its blocks are hashed under a salt of its own from now on.
-    False where that is not possible.
+    False, and nothing is changed, where that is not possible.
     """
-    hashed = len(request.block_hashes)
-    before = request.block_hashes[0] if hashed else None
-    request.cache_salt = f"kvcomm:{uuid4()}:{request.cache_salt or ''}"
+    tenant, hashes = request.cache_salt, request.block_hashes
+    request.cache_salt = f"kvcomm:{uuid4()}:{tenant or ''}"
     request.block_hashes = []
     request.update_block_hashes()
-    return len(request.block_hashes) == hashed and (before is None or request.block_hashes[0] != before)
+    if len(request.block_hashes) == len(hashes) and not set(request.block_hashes) & set(hashes):
+        return True
+    request.cache_salt, request.block_hashes = tenant, hashes
+    return False
 
 
 def finished_well(request: Any) -> bool:

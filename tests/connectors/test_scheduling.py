@@ -1,0 +1,268 @@
+"""The scheduler's side with requests made by hand: what is promised, to whom, how often, and what is kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from enum import Enum
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvcomm.connectors.messages import News, Step
+from kvcomm.connectors.scheduling import Desk
+from kvcomm.connectors.settings import Settings
+
+BLOCK = 16
+numbers = count()
+
+
+class Status(Enum):
+    FINISHED_STOPPED = 1
+    FINISHED_ABORTED = 2
+
+
+class FakeRequest(SimpleNamespace):
+    """The fields of vLLM's request that the connector reads, with hashes that depend on salt and tokens."""
+
+    def update_block_hashes(self) -> None:
+        for end in range(BLOCK, len(self.all_token_ids) + 1, BLOCK):
+            self.block_hashes.append(hash((self.cache_salt, *self.all_token_ids[:end])))
+
+
+def request(ids: list[int], **fields: Any) -> FakeRequest:
+    made = FakeRequest(
+        request_id=str(next(numbers)), prompt_token_ids=ids, all_token_ids=list(ids), prompt_embeds=None, mm_features=[],
+        lora_request=None, resumable=False, skip_reading_prefix_cache=False, cache_salt=None, kv_transfer_params=None,
+        sampling_params=SimpleNamespace(prompt_logprobs=None, extra_args=None), num_computed_tokens=0, block_hashes=[],
+        status=Status.FINISHED_STOPPED,
+    )  # fmt: skip
+    made.__dict__.update(fields)
+    made.update_block_hashes()
+    return made
+
+
+def desk(ranks: int = 1, ready: bool = True, **extra: Any) -> Desk:
+    made = Desk(Settings.from_extra(extra), "model", ranks=ranks, step_tokens=256, prefix_caching=True)
+    if ready:
+        made.heard(News())
+    return made
+
+
+def text(seed: int, tokens: int) -> list[int]:
+    ids: list[int] = np.random.default_rng(seed).integers(3, 5000, tokens).tolist()
+    return ids
+
+
+def live(it: Desk, made: FakeRequest, answer: list[int] | None = None, ranks: int = 1) -> Step:
+    """The life of a request that is computed densely; the workers keep what they are told. The step that saves its prompt."""
+    it.arrived(made)
+    assert it.promised(made, 0) == 0
+    it.allocated(made, [1, 2, 3], 0)
+    assert not it.step({made.request_id: len(made.prompt_token_ids)}, lambda _: [1, 2, 3]).saves
+    made.num_computed_tokens = len(made.prompt_token_ids)
+    step = it.step({made.request_id: 1}, lambda _: [1, 2, 3])
+    confirm(it, step, ranks)
+    made.all_token_ids += answer or [9]
+    made.num_computed_tokens = len(made.all_token_ids) - 1
+    it.finished(made, [1, 2, 3])
+    confirm(it, it.step({}, lambda _: []), ranks)
+    return step
+
+
+def confirm(it: Desk, step: Step, ranks: int = 1) -> None:
+    news = News()
+    for save in step.saves:
+        for segment in save.segments:
+            news.kept[segment.key] += ranks
+    it.heard(news)
+
+
+def test_a_promise_is_the_same_however_often_it_is_asked_for() -> None:
+    it, known = desk(), text(1, 100)
+    live(it, request(known))
+    later = request([*text(2, 20), *known, *text(3, 10)])
+    it.arrived(later)
+    hashes = list(later.block_hashes)
+    first = it.promised(later, 0)
+    salted = list(later.block_hashes)
+    assert first == 120 - 6  # 16 of the prompt's last tokens are computed, 10 of them new
+    assert salted != hashes
+    assert [it.promised(later, 0) for _ in range(3)] == [first] * 3
+    assert later.block_hashes == salted
+    it.allocated(later, [4, 5, 6], first)
+    (load,) = it.step({later.request_id: 7}, lambda _: []).loads
+    assert (load.start, load.end, load.holes, load.blocks) == (0, first, ((0, 22),), (4, 5, 6))
+    assert [(p.start, p.end, p.offset) for p in load.pieces] == [(22, first, 2)]
+    assert not it.step({}, lambda _: []).loads
+
+
+def test_what_the_engine_has_itself_is_weighed_and_then_left() -> None:
+    it, known = desk(), text(1, 100)
+    live(it, request(known))
+    later = request([*known, *text(3, 40)])
+    it.arrived(later)
+    hashes = list(later.block_hashes)
+    assert it.promised(later, 80) == 0  # 20 more are not worth it
+    assert later.block_hashes == hashes
+    assert it.promised(later, 32) is None  # its own cache would be asked again, under the salt
+    assert later.block_hashes != hashes
+    assert it.promised(later, 0) == 100
+    assert it.promised(later, 48) == 52  # resumed: its own blocks, of before
+    it.allocated(later, [4, 5], 52)
+    (load,) = it.step({}, lambda _: []).loads
+    assert (load.start, load.holes, [(p.start, p.offset) for p in load.pieces]) == (48, (), [(48, 48)])
+
+
+def test_where_the_salt_does_not_take_nothing_is_promised() -> None:
+    it, known = desk(), text(1, 100)
+    live(it, request(known))
+    later = request([*text(2, 20), *known])
+    later.update_block_hashes = lambda: None
+    it.arrived(later)
+    assert it.promised(later, 0) == 0
+    assert it.promised(later, 0) == 0
+    _, report = it.finished(later, [])
+    assert report is not None
+    assert report.fallback == "no-salt"
+    assert later.cache_salt is None
+
+
+def test_tenants() -> None:
+    it, known = desk(), text(1, 100)
+    live(it, request(known, cache_salt="one"))
+    for salt, promised in (("one", 80), (None, 0), ("two", 0)):
+        later = request([*text(2, 20), *known], cache_salt=salt)
+        it.arrived(later)
+        assert (it.promised(later, 0) or 0) >= promised
+        assert bool(it.promised(later, 0)) is bool(promised)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"sampling_params": None}, "not-generating"),
+        ({"prompt_embeds": 1}, "prompt-embeddings"),
+        ({"mm_features": [1]}, "multimodal"),
+        ({"lora_request": 1}, "adapter"),
+        ({"resumable": True}, "streamed-input"),
+        ({"sampling_params": SimpleNamespace(prompt_logprobs=3)}, "prompt-logprobs"),
+        ({"skip_reading_prefix_cache": True}, "skips-prefix-cache"),
+        ({"kv_transfer_params": {"kvcomm": {"mode": "off"}}}, "mode-off"),
+        ({"kv_transfer_params": {"kvcomm": "off"}}, "mode-off"),
+        ({"sampling_params": SimpleNamespace(prompt_logprobs=None, extra_args={"kvcomm_mode": "off"})}, "mode-off"),
+    ],
+)
+def test_left_alone(fields: dict[str, Any], reason: str) -> None:
+    """Neither served nor learned from."""
+    it, known = desk(), text(1, 100)
+    live(it, request(known))
+    indexed = len(it.index)
+    later = request([*text(2, 20), *known], **fields)
+    hashes = list(later.block_hashes)
+    live(it, later, text(5, 40))
+    assert later.block_hashes == hashes
+    assert len(it.index) == indexed
+    assert it.counters.value("fallbacks", reason) == 1
+
+
+def test_budget_of_holes_is_shared_by_a_step() -> None:
+    it, known = desk(max_hole_tokens=30), text(1, 100)
+    live(it, request(known))
+    one, two = (request([*text(n, 20), *known]) for n in (2, 3))
+    for made in (one, two):
+        it.arrived(made)
+    promised = it.promised(one, 0)
+    assert promised
+    it.allocated(one, [1], promised)
+    assert it.promised(two, 0) is None
+    it.step({}, lambda _: [])
+    assert it.promised(two, 0) == promised
+
+
+def test_nothing_before_the_workers_have_reported_or_where_they_refuse() -> None:
+    it, reasons = desk(ready=False), []
+    for _ in range(2):
+        made = request(text(1, 100))
+        it.arrived(made)
+        assert it.promised(made, 0) == 0
+        it.allocated(made, [1], 0)
+        made.num_computed_tokens = 100
+        assert not it.step({made.request_id: 1}, lambda _: [1]).saves
+        needed, report = it.finished(made, [1])
+        assert not needed
+        assert report is not None
+        reasons.append(report.fallback)
+        it.heard(News(refusal="no"))
+    assert reasons == ["not-ready: the workers have not reported yet", "not-ready: no"]
+
+
+def test_what_is_kept() -> None:
+    """The unknown runs of a prompt, and of the answer what has K/V; exact up to the first moved span."""
+    it, known = desk(), text(1, 100)
+    (save,) = live(it, request(known, kv_transfer_params={"kvcomm": {"agent": "clerk"}}), text(9, 40)).saves
+    assert [(s.ids.tolist(), s.producer, s.exact) for s in save.segments] == [(known, "clerk", True)]
+    assert len(it.index) == 2
+    later = request([*text(2, 20), *known, *text(3, 30)])
+    it.arrived(later)
+    promised = it.promised(later, 0)
+    assert promised
+    it.allocated(later, [7], promised)
+    it.step({later.request_id: 30}, lambda _: [7])
+    later.num_computed_tokens = 150
+    answer = text(4, 50)
+    later.all_token_ids += answer
+    later.num_computed_tokens = 199
+    needed, report = it.finished(later, [7, 8])
+    assert needed
+    assert report is not None
+    assert report.reused_tokens == 98
+    (save,) = it.step({}, lambda _: []).saves
+    assert (save.last, save.blocks) == (True, (7, 8))
+    assert [(s.ids.tolist(), s.start, s.exact) for s in save.segments] == [
+        (later.prompt_token_ids[:20], 0, True),
+        (later.prompt_token_ids[120:], 120, False),
+        (answer[:-1], 150, False),
+    ]
+
+
+def test_an_aborted_request_leaves_nothing() -> None:
+    it = desk()
+    made = request(text(1, 100), status=Status.FINISHED_ABORTED)
+    it.arrived(made)
+    it.allocated(made, [1], 0)
+    made.num_computed_tokens = 100
+    assert it.finished(made, [1])[0] is False
+    assert not it.step({}, lambda _: []).saves
+
+
+def test_known_only_when_every_rank_keeps_it() -> None:
+    it, known = desk(ranks=2), text(1, 100)
+    live(it, request(known), ranks=1)
+    later = request([*text(2, 20), *known])
+    it.arrived(later)
+    assert it.promised(later, 0) == 0
+    it.heard(News(kept=Counter({"something": 1})))
+    assert it.step({}, lambda _: []).forget == ("something",)
+    live(it, request(known), ranks=2)
+    assert it.promised(later, 0)
+
+
+def test_what_a_worker_has_lost_is_forgotten_and_a_fault_is_reported() -> None:
+    it, known = desk(), text(1, 100)
+    step = live(it, request(known))
+    later = request([*text(2, 20), *known])
+    it.arrived(later)
+    promised = it.promised(later, 0)
+    assert promised
+    it.allocated(later, [7], promised)
+    it.step({later.request_id: 30}, lambda _: [7])
+    it.heard(News(gone={step.saves[0].segments[0].key}, faults=[("load", later.request_id, "lost")]))
+    assert len(it.index) == 0
+    assert it.promised(later, 0) == 0
+    _, report = it.finished(later, [7])
+    assert report is not None
+    assert (report.reused_tokens, report.fallback) == (0, "fault: lost")
+    assert it.counters.value("faults", "load") == 1

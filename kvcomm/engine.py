@@ -84,7 +84,7 @@ class KVComm:
         self.index = TextIndex(
             min_run=self.config.min_run, max_windows=self.config.index_windows, variants=self.config.variants
         )
-        self.anchors = anchors or _pool(self.config)
+        self.anchors = _pool(self.config) if anchors is None else anchors
         self.counters = Counters()
         self.reports: deque[ReuseReport] = deque(maxlen=1000)
         self._learner = Learner(backend, self.store, self.index, self.config)

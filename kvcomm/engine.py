@@ -322,11 +322,13 @@ class KVComm:
         try:
             matches = self._matches(request)
             request.matched = perf_counter()
-            plan = self._corrected(request, make_plan(len(request.ids), matches, self.config, who.rule), matches)
+            plan = make_plan(len(request.ids), matches, self.config, who.rule)
+            request.planned = perf_counter()
+            plan = self._corrected(request, plan, matches)
         except Exception as fault:  # noqa: BLE001  # no plan is a dense answer, whatever went wrong
             self._count_fault("plan", fault)
             plan = Plan.dense(len(request.ids), f"fault: {fault}")
-        request.planned = perf_counter()
+        request.estimated = perf_counter()
         return plan
 
     def _corrected(self, request: Request, plan: Plan, matches: list[Match]) -> Plan:

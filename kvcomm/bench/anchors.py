@@ -3,7 +3,7 @@
     prompt  | prefix (512) | header | text (512) | header | text (512) | ... | closing text |     texts were prefilled alone
 
 The engine serves it whole, from the call of the model's generate to the first token's logits. `path_ms` is all that comes
-before the pass: match, plan (with every estimate), assemble (rotation, copy, deviations). Twice: with texts that were used
+before the pass: match, plan, estimate, assemble (rotation, copy, deviations). Twice: with texts that were used
 before (`warm`), and with texts whose base no estimator has seen (`cold`). Arms take turns within one run.
 """
 
@@ -23,7 +23,7 @@ from kvcomm.backends.hf import HFBackend
 from kvcomm.backends.loading import dtype_named
 from kvcomm.bench.ttft import VOCABULARY, first_token, random_model
 from kvcomm.config import Config
-from kvcomm.engine import KVComm
+from kvcomm.engine import KVComm, Rule
 from kvcomm.errors import InputError
 from kvcomm.report import document, dumps, write_json
 from kvcomm.segments import ReuseReport, Segment, SegmentKV
@@ -31,7 +31,7 @@ from kvcomm.segments import ReuseReport, Segment, SegmentKV
 __all__ = ["add_arguments", "measure", "run"]
 
 AGENT = "reader"
-PARTS = ("match", "plan", "assemble", "forward", "ttft")
+PARTS = ("match", "plan", "estimate", "assemble", "forward", "ttft")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,8 +75,8 @@ class Reader:
             ids += [*self._draw(4), *text]
         return torch.tensor([[*ids, *self._draw(12)]])
 
-    def serve(self, prompt: torch.Tensor) -> ReuseReport:
-        with self.comm.attach(agent=AGENT):
+    def serve(self, prompt: torch.Tensor, rule: Rule = "auto") -> ReuseReport:
+        with self.comm.attach(agent=AGENT, rule=rule):
             first_token(self.backend, prompt)
         return self.comm.reports[-1]
 
@@ -84,10 +84,10 @@ class Reader:
         """Dense requests until the pool has its anchors; milliseconds of learning per request."""
         spent: list[float] = []
         while len(self.comm.anchors) < self.args.anchors:
-            report = self.serve(self.prompt(texts))
-            if report.fallback != "learning" or len(spent) > self.args.anchors:
-                raise InputError(f"{len(self.comm.anchors)} of {self.args.anchors} anchors were learned; ask for fewer")
-            spent.append(report.learn_ms or 0.0)
+            before = len(self.comm.anchors)
+            spent.append(self.serve(self.prompt(texts), "exact").learn_ms or 0.0)
+            if len(self.comm.anchors) <= before:
+                raise InputError(f"{before} anchors fill the pool, {self.args.anchors} were asked for; ask for fewer")
         return spent
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ def _row(backend: HFBackend, args: argparse.Namespace, estimator: str, bar: Any)
     }
     for state, some in reports.items():
         ms = {part: median(getattr(r, f"{part}_ms") or 0.0 for r in some) for part in PARTS}
-        path = median(sum(getattr(r, f"{part}_ms") or 0.0 for part in ("match", "plan", "assemble")) for r in some)
+        path = median(sum(getattr(r, f"{part}_ms") or 0.0 for part in PARTS[:4]) for r in some)
         out[state] = {
             **{f"{part}_ms": value for part, value in ms.items()},
             "path_ms": path,
@@ -165,12 +165,12 @@ def run(args: argparse.Namespace) -> int:
         print(dumps(doc))
     else:
         print(f"{doc['model']}, {doc['dtype']}, {doc['threads']} threads; median of {doc['repetitions']}, milliseconds")
-        print("estimator     bases      dense   match     plan  assemble     path  of dense     ttft")
+        print("estimator     bases      dense   match estimate  assemble     path  of dense     ttft")
         for row in doc["estimators"]:
             for state in ("warm", "cold"):
                 r = row[state]
                 print(
-                    f"{row['estimator']:<14}{state:<7}{row['dense_ms']:>9.1f}{r['match_ms']:>8.1f}{r['plan_ms']:>9.1f}"
+                    f"{row['estimator']:<14}{state:<7}{row['dense_ms']:>9.1f}{r['match_ms']:>8.1f}{r['estimate_ms']:>9.1f}"
                     f"{r['assemble_ms']:>10.1f}{r['path_ms']:>9.1f}{r['path_over_dense']:>10.1%}{r['ttft_ms']:>9.1f}"
                 )
     if args.output:

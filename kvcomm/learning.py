@@ -5,6 +5,8 @@ Runs after the answer, never before the first token. Text that was itself reused
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,13 +31,15 @@ class Learner:
     def __init__(self, backend: Backend, store: Store, index: TextIndex, config: Config) -> None:
         self.backend, self.store, self.index, self.config = backend, store, index, config
 
-    def learn(self, ids: Ids, plan: Plan, cache: SpanCache, result: Any, producer: str, tenant: str) -> None:
+    def learn(
+        self, ids: Ids, plan: Plan, cache: SpanCache, result: Any, producer: str, tenant: str, known: Sequence[Span] = ()
+    ) -> None:
         """Deposits unknown runs of the prompt [tokens] and the answer of `result` (a tensor [rows, prompt + new] or an output
         record that holds one). `cache` must still hold the request's KV; with a record it is the caller's too, and only read.
-        Raises CacheFault where the store refuses.
+        Text of the `known` spans is kept already, and not once more in this context. Raises CacheFault where the store refuses.
         """
         approximate_from = min((s.start for s in plan.spans if s.rung != "exact"), default=plan.length)
-        for start, end in self._unknown(plan):
+        for start, end in self._unknown(plan.length, [*plan.spans, *known]):
             exact = start <= approximate_from
             self._keep(self._segment(ids[start:end], ids[:start], producer, tenant, exact, plan.length), cache, plan.length)
         ours = isinstance(result, torch.Tensor)
@@ -45,13 +49,27 @@ class Learner:
             exact = approximate_from == plan.length
             self._keep_answer(ids, generated, cache, producer, tenant, exact=exact, write=ours)
 
+    @torch.no_grad()
+    def prefill(self, ids: torch.Tensor, first: int, producer: str, tenant: str) -> int:
+        """Computes a text and keeps tokens [first, n) of `ids` [1, n]; returns how many, 0 for what is kept already."""
+        whole = ids[0].to("cpu", torch.int32).numpy()
+        segment = replace(self._segment(whole[first:], whole[:first], producer, tenant, True, len(whole)), alone=True)
+        if segment.key in self.store and segment.key in self.index:
+            return 0
+        cache = self.backend.cache(len(whole))
+        with self.backend.hooked():
+            self.backend.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self._keep(segment, cache, len(whole))
+        self.backend.release(cache)
+        return len(segment.ids) if segment.key in self.index else 0
+
     def forget(self, key: str) -> None:
         self.store.remove(key)
         self.index.remove(key)
 
-    def _unknown(self, plan: Plan) -> list[tuple[int, int]]:
-        """Runs of at least min_run prompt tokens that no span covers."""
-        edges = [0, *(e for s in plan.spans for e in (s.start, s.end)), plan.length]
+    def _unknown(self, length: int, spans: Sequence[Span]) -> list[tuple[int, int]]:
+        """Runs of at least min_run prompt tokens that none of the spans, which are disjoint, covers."""
+        edges = [0, *(e for s in sorted(spans, key=lambda s: s.start) for e in (s.start, s.end)), length]
         return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a >= self.config.min_run]
 
     def _segment(self, ids: Ids, context: Ids, producer: str, tenant: str, exact: bool, length: int) -> Segment:

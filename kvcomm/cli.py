@@ -47,6 +47,9 @@ class Command:
 COMMANDS = (
     Command(("demo",), "kvcomm.demo.command", "a five-agent team answers real tasks, dense beside shared"),
     Command(("bench", "ttft"), "kvcomm.bench.ttft", "time to first token of each agent: dense, prefix cache, shared, limit"),
+    Command(
+        ("bench", "vllm"), "kvcomm.bench.vllm", "time to first token on a real vLLM: dense, prefix cache, shared, exact hit"
+    ),
     Command(("bench", "fidelity"), "kvcomm.bench.fidelity.command", "answers under every way of reusing KV, beside dense"),
     Command(
         ("bench", "drift"), "kvcomm.bench.drift", "quality and reuse with anchors while documents change, and over a crash"

@@ -1,0 +1,219 @@
+"""`kvcomm bench vllm`: time to first token of five fully connected agents on a real vLLM, the setting of `kvcomm bench ttft`.
+
+    agent i reads  | its own prefix | shared input | outputs of the agents before it, each behind a header | closing text |
+
+Four arms on the same prompts in one engine, which has prefix caching and the connector:
+
+    dense         nothing is cached: a cache salt of its own, and kvcomm leaves it alone
+    prefix_cache  vLLM's prefix cache has seen the agent's own prefix; kvcomm leaves it alone
+    shared        kvcomm, as a tenant of its own that has seen the agents' prefixes, the prompts and the outputs before
+    exact_hit     vLLM's prefix cache has seen this very prompt, which is then asked for again
+
+The order of the arms changes, but for exact_hit, which follows dense. Times run from the call to the first token, everything
+included. An output is given; its K/V is computed in its producer's context by a request of its own, which nobody times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from tqdm import tqdm
+
+from kvcomm.backends.loading import dtype_named
+from kvcomm.bench import ttft
+from kvcomm.errors import InputError
+from kvcomm.report import document, dumps, write_json
+
+__all__ = ["add_arguments", "measure", "run"]
+
+ARMS = ("dense", "prefix_cache", "shared", "exact_hit")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `kvcomm bench ttft`."""
+    ttft.add_arguments(parser)
+    parser.set_defaults(model="random:1024x12x16x8")
+
+
+@dataclass(eq=False)
+class Engine:
+    """An engine in this process."""
+
+    llm: Any
+    names: count[int]
+
+    @classmethod
+    def start(cls, model: str, dtype: str, tokens: int, seed: int) -> Engine:
+        """For prompts of up to `tokens`."""
+        from vllm import LLM
+        from vllm.config import KVTransferConfig
+
+        transfer = KVTransferConfig(
+            kv_connector="KVCommConnector",
+            kv_connector_module_path="kvcomm.connectors.vllm",
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+        )
+        llm = LLM(
+            model=model, dtype=dtype, skip_tokenizer_init=True, seed=seed, max_model_len=tokens, max_num_batched_tokens=tokens,
+            max_num_seqs=8, enforce_eager=True, kv_transfer_config=transfer,
+            worker_extension_cls="kvcomm.connectors.vllm.RunnerHandle",
+        )  # fmt: skip
+        return cls(llm, count())
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.llm.llm_engine.model_config.get_vocab_size())
+
+    def ask(self, ids: Sequence[int], tenant: str, *, shared: bool = False, new: int = 1) -> tuple[float, dict[str, Any]]:
+        """Milliseconds to the first token, and what kvcomm says of the request."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        core = self.llm.llm_engine
+        words = {"kvcomm": {"mode": "on" if shared else "off"}}
+        params = SamplingParams(
+            temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, extra_args={"kv_transfer_params": words}
+        )
+        prompt = TokensPrompt(prompt_token_ids=list(ids), cache_salt=tenant)
+        first: float | None = None
+        said: dict[str, Any] = {}
+        began = perf_counter()
+        core.add_request(str(next(self.names)), prompt, params)
+        while core.has_unfinished_requests():
+            for output in core.step():
+                first = perf_counter() if first is None else first
+                said = (output.kv_transfer_params or {}).get("kvcomm", said)
+        assert first is not None
+        return (first - began) * 1e3, said
+
+
+class Arms:
+    """One prompt under every arm. A method named for an arm returns its milliseconds."""
+
+    def __init__(self, engine: Engine, prompt: ttft.Prompt, tenant: str) -> None:
+        self.engine, self.prompt, self.tenant = engine, prompt, tenant
+        self.said: dict[str, Any] = {}
+
+    def dense(self) -> dict[str, float]:
+        alone = f"dense, {self.tenant}, {len(self.prompt.ids)}"
+        return {arm: self.engine.ask(self.prompt.ids, alone)[0] for arm in ("dense", "exact_hit")}
+
+    def prefix_cache(self) -> dict[str, float]:
+        alone = f"prefix, {self.tenant}, {len(self.prompt.ids)}"
+        self.engine.ask(self.prompt.prefix, alone)
+        return {"prefix_cache": self.engine.ask(self.prompt.ids, alone)[0]}
+
+    def shared(self) -> dict[str, float]:
+        ms, self.said = self.engine.ask(self.prompt.ids, self.tenant, shared=True, new=2)
+        return {"shared": ms}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the benchmark and returns its JSON document. Raises InputError where vLLM is missing."""
+    if find_spec("vllm") is None:
+        raise InputError("vLLM is not installed here; kvcomm doctor says which version is wanted and how to add it")
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)  # in this process, so that a call is timed and not its way between processes
+    if args.quiet:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    answer_tokens = next((int(x) for x in args.output if x.isdigit()), 512)
+    longest = args.prefix + args.input + args.agents * (answer_tokens + 5) + 64
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model
+        if model.startswith("random:"):
+            ttft.random_model(model, dtype_named(args.dtype)).model.save_pretrained(folder)
+            model = folder
+        engine = Engine.start(model, args.dtype, longest, args.seed)
+    team = ttft.prompts(args, answer_tokens, engine.vocabulary)
+    times: list[dict[str, list[float]]] = [{arm: [] for arm in ARMS} for _ in team]
+    said: list[dict[str, Any]] = [{} for _ in team]
+    rng = random.Random(args.seed)
+    with tqdm(total=args.repetitions * len(team), disable=args.quiet, leave=False) as bar:
+        for repetition in range(-1, args.repetitions):  # the first one, of two agents, is a warm-up
+            tenant = f"team {repetition}"
+            for prompt in team:
+                engine.ask(prompt.prefix, tenant, shared=True, new=2)
+            for i, prompt in enumerate(team[:2] if repetition < 0 else team):
+                arms = Arms(engine, prompt, tenant)
+                for arm in rng.sample(("dense", "prefix_cache", "shared"), 3):
+                    for name, ms in getattr(arms, arm)().items():
+                        if repetition >= 0:
+                            times[i][name].append(ms)
+                said[i] = arms.said
+                engine.ask([*prompt.ids, *prompt.answer], tenant, shared=True, new=2)
+                bar.update(repetition >= 0)
+    agents = [
+        {
+            "agent": i + 1,
+            "prompt_tokens": len(team[i].ids),
+            **{name: said[i][name] for name in ("reused_tokens", "computed_tokens", "tokens_by_rung", "fallback")},
+            **{f"{arm}_ms": median(ms) for arm, ms in times[i].items()},
+            "all_ms": times[i],
+        }
+        for i in range(len(team))
+    ]
+    return document(
+        "kvcomm.bench.vllm/1",
+        vllm_version=_version(),
+        model=args.model,
+        dtype=args.dtype,
+        prefix_tokens=args.prefix,
+        input_tokens=args.input,
+        output_tokens=answer_tokens,
+        repetitions=args.repetitions,
+        agents=agents,
+        later_agents=_ratios(agents[1:]),
+    )
+
+
+def _version() -> str:
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def _ratios(agents: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """The worst agent's ratios: each claim holds for every agent."""
+    if not agents:
+        return None
+    return {
+        "dense_over_shared_min": min(a["dense_ms"] / a["shared_ms"] for a in agents),
+        "prefix_cache_over_shared_min": min(a["prefix_cache_ms"] / a["shared_ms"] for a in agents),
+        "shared_over_exact_hit_max": max(a["shared_ms"] / a["exact_hit_ms"] for a in agents),
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    doc = measure(args)
+    if args.format == "json":
+        print(dumps(doc))
+    else:
+        print(f"vLLM {doc['vllm_version']}, {doc['model']}, {doc['dtype']}; median of {doc['repetitions']}, ms to first token")
+        print(f"{'agent':>6} {'tokens':>7} {'reused':>7} {'dense':>9} {'prefix cache':>13} {'shared':>8} {'exact hit':>10}")
+        for a in doc["agents"]:
+            print(
+                f"{a['agent']:>6} {a['prompt_tokens']:>7} {a['reused_tokens']:>7} {a['dense_ms']:>9.1f} "
+                f"{a['prefix_cache_ms']:>13.1f} {a['shared_ms']:>8.1f} {a['exact_hit_ms']:>10.1f}"
+            )
+        if r := doc["later_agents"]:
+            print(
+                f"agents 2 and later, the worst of them: dense / shared {r['dense_over_shared_min']:.1f}, "
+                f"prefix cache / shared {r['prefix_cache_over_shared_min']:.1f}, "
+                f"shared / exact hit {r['shared_over_exact_hit_max']:.2f}"
+            )
+    for folder in (Path(x) for x in args.output if not x.isdigit()):
+        write_json(folder / "vllm.json", doc)
+    return 0

@@ -74,6 +74,10 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):
         if connector_output.kv_connector_worker_meta is not None:
             self.desk.heard(connector_output.kv_connector_worker_meta)
 
+    def reset_cache(self) -> bool:
+        self.desk.reset()
+        return True
+
     def _blocks_of(self, request_id: str) -> list[int]:
         blocks: list[int] = self._kv_cache_manager.get_block_ids(request_id)[0]
         return blocks

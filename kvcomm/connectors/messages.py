@@ -57,6 +57,7 @@ class Save:
 class Step:
     """What the workers do around one step of the engine, in this order: forget, load, (the engine's forward,) save."""
 
+    reset: bool = False  # forget everything
     forget: tuple[str, ...] = ()  # keys of segments
     loads: tuple[Load, ...] = ()
     saves: tuple[Save, ...] = ()

@@ -60,11 +60,10 @@ class Desk:
     """The scheduler's side of one engine, whose workers are `ranks`."""
 
     def __init__(self, settings: Settings, fingerprint: str, *, ranks: int, step_tokens: int, prefix_caching: bool) -> None:
-        config = settings.config
         self._settings, self._fingerprint, self._ranks = settings, fingerprint, ranks
         self._hole_tokens = step_tokens if settings.max_hole_tokens is None else settings.max_hole_tokens
         self._prefix_caching = prefix_caching
-        self.index = TextIndex(min_run=config.min_run, max_windows=config.index_windows, variants=config.variants)
+        self.index = self._empty_index()
         self.counters = Counters()
         self._ready: str | None = "the workers have not reported yet"  # why nothing is promised; None: all is well
         self._requests: dict[str, _Request] = {}
@@ -72,6 +71,7 @@ class Desk:
         self._loads: dict[str, Load] = {}  # of the step that is being scheduled
         self._saves: list[Save] = []  # of requests that have finished
         self._forget: list[str] = []
+        self._reset = False
 
     # -- what the engine's scheduler calls ------------------------------------------------------------------------------
 
@@ -147,7 +147,8 @@ class Desk:
                 state.kept = True
                 if segments := self._prompt(state):
                     saves.append(Save(request_id, self._to_save(segments), tuple(blocks_of(request_id)), last=False))
-        step = Step(tuple(self._forget), tuple(self._loads.values()), tuple(saves))
+        step = Step(self._reset, tuple(self._forget), tuple(self._loads.values()), tuple(saves))
+        self._reset = False
         self._forget.clear()
         self._loads.clear()
         return step
@@ -194,7 +195,16 @@ class Desk:
             if state is not None and kind != "keep":
                 state.loaded, state.known = False, replace(state.known, fallback=f"fault: {reason}")
 
+    def reset(self) -> None:
+        """Forget all text, for example because the weights have changed. What is being loaded is computed."""
+        self.index, self._reset = self._empty_index(), True
+        self._saving.clear()
+
     # -- within ---------------------------------------------------------------------------------------------------------
+
+    def _empty_index(self) -> TextIndex:
+        config = self._settings.config
+        return TextIndex(min_run=config.min_run, max_windows=config.index_windows, variants=config.variants)
 
     def _make_promise(self, state: _Request, local: int) -> Promise | None:
         """None where nothing can be promised, or not enough; `state.known` then says why."""

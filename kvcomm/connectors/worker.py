@@ -32,7 +32,7 @@ class Worker:
     @torch.inference_mode()
     def before_forward(self, step: Step) -> None:
         """Must run before the engine's forward of the step that the loads belong to."""
-        for key in step.forget:
+        for key in [segment.key for segment in self._store.segments()] if step.reset else step.forget:
             self._store.remove(key)
         rows: list[Row] = []
         for load in step.loads:

@@ -238,6 +238,24 @@ def test_an_aborted_request_leaves_nothing() -> None:
     assert not it.step({}, lambda _: []).saves
 
 
+def test_reset() -> None:
+    """Nothing of before is known, and what was on its way to being kept is not either."""
+    it, known = desk(), text(1, 100)
+    live(it, request(known))
+    made = request(text(5, 80))
+    it.arrived(made)
+    it.promised(made, 0)
+    it.allocated(made, [1], 0)
+    made.num_computed_tokens = 80
+    step = it.step({made.request_id: 1}, lambda _: [1])
+    it.reset()
+    confirm(it, step)
+    assert len(it.index) == 0
+    after = it.step({}, lambda _: [])
+    assert (after.reset, after.forget) == (True, (step.saves[0].segments[0].key,))
+    assert not it.step({}, lambda _: []).reset
+
+
 def test_known_only_when_every_rank_keeps_it() -> None:
     it, known = desk(ranks=2), text(1, 100)
     live(it, request(known), ranks=1)

@@ -168,6 +168,15 @@ def test_asking_changes_nothing(engine: Any, pair: tuple[list[int], list[int]]) 
     assert all(engine.plan(o).reused > 0 for o in outputs)
 
 
+def test_reset(engine: Any, pair: tuple[list[int], list[int]]) -> None:
+    """vLLM's own way to empty all caches empties ours."""
+    assert engine.llm.reset_prefix_cache(reset_connector=True)
+    (output,) = engine.ask([*pair[1], *pair[0]])
+    engine.check(output)
+    assert engine.plan(output).reused == 0
+    assert len(engine.worker._store.segments()) == 1
+
+
 def test_fuzz(engine: Any, text: Text) -> None:
     """Random prompts of known runs and new text, four at a time beside a dense one; every answer is the oracle's."""
     rng = np.random.default_rng(7)

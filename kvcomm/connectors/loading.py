@@ -5,6 +5,8 @@ What did not move is copied bit for bit. Knows nothing of plans, schedulers or v
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -15,7 +17,9 @@ from kvcomm.rope import Rope, Tables
 from kvcomm.segments import SegmentKV
 from kvcomm.store.base import Store
 
-__all__ = ["Loader"]
+__all__ = ["Loader", "Lost"]
+
+PART = 256  # tokens
 
 
 class Loader:
@@ -25,20 +29,23 @@ class Loader:
         self._pages, self._rope, self._store = pages, rope, store
 
     @torch.inference_mode()
-    def load(self, load: Load, *, rotate: bool = True) -> None:
-        """Writes the pieces of `load`. Raises CacheFault, having written nothing, where a segment is not there; `Lost` says
-        which. `rotate=False` writes all keys as they are: wrong for what moved, and there to be compared with.
+    def load(self, load: Load) -> None:
+        """Writes the pieces of `load`. Raises CacheFault, having written nothing, where a segment is not there (`Lost`, which
+        says which one) or is too short.
         """
-        found = [(piece, self._found(piece)) for piece in load.pieces]
-        if not found:
+        pieces = [part for piece in load.pieces for part in _parts(piece)]
+        if not pieces:
             return
-        turns = [self._turn(piece, kv) if rotate else None for piece, kv in found]
-        where = np.concatenate([np.arange(piece.start, piece.end) for piece in load.pieces])
+        found = [(piece, self._found(piece)) for piece in pieces]
+        turns = [self._turn(piece, kv) for piece, kv in found]
+        where = np.concatenate([np.arange(piece.start, piece.end) for piece in pieces])
         slots = self._pages.slots(load.blocks, where)
+        keys = values = torch.empty(0)  # of one layer, [tokens, heads, dim]; the next one's overwrite them
         for layer, cache in enumerate(self._pages.layers):
-            device = cache.paged.device
-            keys = torch.empty(len(where), cache.heads, cache.dim, dtype=self._pages.dtype, device=device)
-            values, at = torch.empty_like(keys), 0
+            device, shape = cache.paged.device, (len(where), cache.heads, cache.dim)
+            if keys.shape != shape or keys.device != device:
+                keys, values = (torch.empty(shape, dtype=self._pages.dtype, device=device) for _ in range(2))
+            at = 0
             for (piece, kv), turn in zip(found, turns, strict=True):
                 end = at + piece.end - piece.start
                 part = slice(piece.offset, piece.offset + piece.end - piece.start)
@@ -66,6 +73,12 @@ class Loader:
             return None
         steps, length = torch.arange(piece.end - piece.start), max(piece.end, old + piece.end - piece.start)
         return self._rope.turn(self._rope.tables(piece.start + steps, length), self._rope.tables(old + steps, length))
+
+
+def _parts(piece: Piece) -> Iterator[Piece]:
+    """A piece in parts that stay in a CPU's cache while they are rotated."""
+    for start in range(piece.start, piece.end, PART):
+        yield Piece(start, min(start + PART, piece.end), piece.key, piece.offset + start - piece.start)
 
 
 class Lost(CacheFault):

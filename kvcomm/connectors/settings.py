@@ -43,6 +43,8 @@ class Settings:
                 raise InputError(f"agents[{agent!r}] is {given!r}; it may have mode and rule")
             _check_mode(given.get("mode", "on"), f"mode of agent {agent!r}")
             Who(agent, given.get("rule", "auto"))  # type: ignore[arg-type]  # checked there
+        if self.config.rung == "naive":
+            raise InputError("rung is 'naive', which serves comparisons inside the library alone; use boundary or rotate")
         if self.max_hole_tokens is not None and self.max_hole_tokens < 0:
             raise InputError(f"max_hole_tokens is {self.max_hole_tokens}; it must be at least 0")
 

@@ -24,6 +24,7 @@ def test_fields_of_both_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"bound": 1}, "no setting bound"),
         ({"mode": "maybe"}, "mode is 'maybe'"),
         ({"boundary": -1}, "boundary is -1"),
+        ({"rung": "naive"}, "rung is 'naive'"),
         ({"max_hole_tokens": -1}, "max_hole_tokens is -1"),
         ({"agents": {"a": "exact"}}, r"agents\['a'\]"),
         ({"agents": {"a": {"mode": "x"}}}, "mode of agent 'a'"),

@@ -29,7 +29,7 @@ class Config:
     refresh: float = 0.05  # share of the prompt computed again where anchors doubt most, under rung anchor
     explore: float = 0.02  # share of requests with text that waits which are computed densely, to learn from
     estimator: str = "select"  # one of kvcomm.estimators.catalogue
-    anchor_codec: str = "int8"  # how anchors are stored: a name of kvcomm.codecs
+    anchor_codec: str = "lowrank:8+int8"  # how anchors are stored: a name of kvcomm.codecs
     anchor_bytes: int = 256 << 20
     anchors_per_slot: int = 100  # a slot is an agent
     store_bytes: int = 4 << 30

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 __all__ = ["Canvas", "Label", "Mark", "Scale", "Tick", "scale_x", "scale_y"]
 
 WIDTH, HEIGHT = 540, 400  # pixels
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 44  # margins
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 44  # margins
 LETTER, LINE, RADIUS = 6.3, 13.0, 4.0  # width of a letter, height of a line, radius of a mark
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -57,7 +57,7 @@ class Label:
     text: str
     x: float  # of its left end
     y: float  # of its base line
-    colour: str | None = None
+    colour: str
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,14 @@ def scale_y(low: float, high: float, *, log: bool = False) -> Scale:
 
 
 def _places(mark: Mark, text: str) -> Iterable[Label]:
-    """Right, left, above, below, and farther off above and below."""
+    """Right, left, above, below, and farther off above and below; in the colour of the mark."""
     width = LETTER * len(text)
-    yield Label(text, mark.x + 7, mark.y + 4)
-    yield Label(text, mark.x - 7 - width, mark.y + 4)
-    for rise in (8, 18, 30):
+    yield Label(text, mark.x + 7, mark.y + 4, mark.colour)
+    yield Label(text, mark.x - 7 - width, mark.y + 4, mark.colour)
+    for rise in (8, 18):
         for shift in (-0.5, 0.0, -1.0):
-            yield Label(text, mark.x + shift * width, mark.y - rise)
-            yield Label(text, mark.x + shift * width, mark.y + rise + 9)
+            yield Label(text, mark.x + shift * width, mark.y - rise, mark.colour)
+            yield Label(text, mark.x + shift * width, mark.y + rise + 9, mark.colour)
 
 
 def _around(mark: Mark) -> Box:

@@ -47,7 +47,7 @@ def family(name: str) -> str:
 def pareto(rows: Sequence[Row], quality: str, cost: str) -> Canvas:
     """`rows`: one per method. Quality `accuracy` (more is better) or `kl` (less is) against a cost.
 
-    A line joins the methods that no other one beats in both, and they are the first ones to get a label.
+    A line joins the methods that none beats in both, controls left out; they are the first ones to get a label.
     """
     better = -1 if quality == "kl" else 1
     values = [max(r["kl"], FLOOR) if quality == "kl" else r[quality] for r in rows]
@@ -68,7 +68,8 @@ def pareto(rows: Sequence[Row], quality: str, cost: str) -> Canvas:
         for r, c, v in zip(rows, costs, values, strict=True)
     ]  # fmt: skip
     order = sorted(range(len(rows)), key=lambda i: (costs[i], -better * values[i]))
-    front = [i for n, i in enumerate(order) if all(better * (values[i] - values[j]) > 0 for j in order[:n])]
+    real = [i for i in order if family(rows[i]["name"]) != "control"]
+    front = [i for n, i in enumerate(real) if all(better * (values[i] - values[j]) > 0 for j in real[:n])]
     canvas.line([(canvas.marks[i].x, canvas.marks[i].y) for i in front], "#c9d2df")
     rest = sorted((i for i in order if i not in front), key=lambda i: -better * values[i])
     canvas.name_marks([(canvas.marks[i], rows[i]["name"]) for i in (*front, *rest)])
@@ -95,7 +96,7 @@ def along(axis: str, rows: Sequence[Row]) -> Along:
 
 def _lines(axis: str, ticks: Sequence[str], by: dict[str, list[Row | None]]) -> Canvas:
     least = min(r["accuracy"] for rows in by.values() for r in rows if r)
-    x, y = scale_x(-0.2, len(ticks) - 0.8, right=170), scale_y(max(0.0, least - 0.1), 1.03)
+    x, y = scale_x(-0.2, len(ticks) - 0.8, right=160), scale_y(max(0.0, least - 0.1), 1.03)
     titles = {"length": "tokens of a span", "anchors": "requests learned from", "distribution": "learned from"}
     places = [Tick(x(i), text) for i, text in enumerate(ticks)]
     canvas = Canvas(x, y, titles.get(axis, axis), "right answers", places, y.ticks())

@@ -46,6 +46,9 @@ COMMANDS = (
     Command(("demo",), "kvcomm.demo.command", "a five-agent team answers real tasks, dense beside shared"),
     Command(("bench", "ttft"), "kvcomm.bench.ttft", "time to first token of each agent: dense, prefix cache, shared, limit"),
     Command(("bench", "fidelity"), "kvcomm.bench.fidelity.command", "answers under every way of reusing KV, beside dense"),
+    Command(
+        ("bench", "drift"), "kvcomm.bench.drift", "quality and reuse with anchors while documents change, and over a crash"
+    ),
     Command(("bench", "pool"), "kvcomm.bench.pool", "search among 10,000 to 1,000,000 anchor tokens: time, recall, bytes"),
     Command(("doctor",), "kvcomm.doctor", "what is installed, what can be used here, what is missing"),
 )

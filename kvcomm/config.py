@@ -9,9 +9,10 @@ from typing import Literal, get_args
 
 from kvcomm.errors import InputError
 
-__all__ = ["Config", "Mode"]
+__all__ = ["Anchors", "Config", "Mode"]
 
 Mode = Literal["on", "off"]
+Anchors = Literal["off", "alone", "all"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,13 @@ class Config:
     boundary: int = 2  # tokens recomputed at the start of every moved span
     closing: int = 16  # tokens recomputed at the end of the prompt
     max_recompute: float = 0.8  # share of the prompt; above it the request goes dense
+    anchors: Anchors = "alone"  # moved text that waits for anchors before it is reused: what was computed alone, or all
+    refresh: float = 0.05  # share of the prompt computed again where anchors doubt most, under rung anchor
+    explore: float = 0.02  # share of requests with such text that are computed densely, to learn from
+    estimator: str = "select"  # one of kvcomm.estimators.catalogue
+    anchor_codec: str = "int8"  # how anchors are stored: a name of kvcomm.codecs
+    anchor_bytes: int = 256 << 20
+    anchors_per_slot: int = 100  # a slot is an agent
     store_bytes: int = 4 << 30
     index_windows: int = 1 << 20  # bound of the index of known text, in windows (one per 8 stored tokens)
     variants: int = 8  # contexts kept per known run
@@ -33,18 +41,23 @@ class Config:
             raise InputError(f"mode is {self.mode!r}; use one of {', '.join(get_args(Mode))}")
         if self.rung not in ("boundary", "rotate", "naive"):
             raise InputError(f"rung is {self.rung!r}; use boundary, rotate or naive")
+        if self.anchors not in get_args(Anchors):
+            raise InputError(f"anchors is {self.anchors!r}; use one of {', '.join(get_args(Anchors))}")
         for name, least in {
             "min_run": 16,
             "boundary": 0,
             "closing": 1,
+            "anchor_bytes": 0,
+            "anchors_per_slot": 1,
             "store_bytes": 0,
             "index_windows": 1,
             "variants": 1,
         }.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if not 0.0 <= self.max_recompute <= 1.0:
-            raise InputError(f"max_recompute is {self.max_recompute}; it is a share of the prompt, 0 to 1")
+        for name in ("max_recompute", "refresh", "explore"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InputError(f"{name} is {getattr(self, name)}; it is a share, 0 to 1")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ, **given: object) -> Config:

@@ -20,8 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from kvcomm.anchors.admission import Novel
+from kvcomm.anchors.pool import AnchorPool
 from kvcomm.call import Call
+from kvcomm.codecs import codec
 from kvcomm.config import Config
+from kvcomm.correcting import Corrector
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.learning import Learner
 from kvcomm.matching import Match, TextIndex
@@ -66,16 +70,25 @@ class _Poisoned(CacheFault):
 class KVComm:
     """Shares the KV-cache of one model among the agents that use it. Safe to call from several threads: requests take turns."""
 
-    def __init__(self, backend: Backend, *, config: Config | None = None, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        config: Config | None = None,
+        store: Store | None = None,
+        anchors: AnchorPool | None = None,
+    ) -> None:
         self.backend = backend
         self.config = config or Config.from_env()
         self.store: Store = MemoryStore(self.config.store_bytes) if store is None else store
         self.index = TextIndex(
             min_run=self.config.min_run, max_windows=self.config.index_windows, variants=self.config.variants
         )
+        self.anchors = _pool(self.config) if anchors is None else anchors
         self.counters = Counters()
         self.reports: deque[ReuseReport] = deque(maxlen=1000)
         self._learner = Learner(backend, self.store, self.index, self.config)
+        self._corrector = Corrector(backend, self.store, self.anchors, self.config)
         self._callers = Callers()
         self._own_generate: Callable[..., Any] | None = None  # the model's, while attach() has replaced it
         self._lock = threading.RLock()
@@ -88,6 +101,7 @@ class KVComm:
         dtype: str | torch.dtype = "auto",
         config: Config | None = None,
         store: Store | None = None,
+        anchors: AnchorPool | None = None,
         **options: Any,  # Hugging Face loading options, passed on
     ) -> KVComm:
         """Loads a Hugging Face id or folder, without one the embedded model. Raises InputError where there is no usable
@@ -96,7 +110,7 @@ class KVComm:
         from kvcomm.backends.loading import load
         from kvcomm.tiny import FOLDER
 
-        return cls(load(model_id or str(FOLDER), dtype=dtype, **options), config=config, store=store)
+        return cls(load(model_id or str(FOLDER), dtype=dtype, **options), config=config, store=store, anchors=anchors)
 
     @classmethod
     def from_model(
@@ -106,19 +120,18 @@ class KVComm:
         *,
         config: Config | None = None,
         store: Store | None = None,
+        anchors: AnchorPool | None = None,
     ) -> KVComm:
         """For a model that is loaded already."""
         from kvcomm.backends.hf import HFBackend
 
-        return cls(HFBackend(model, tokenizer), config=config, store=store)
+        return cls(HFBackend(model, tokenizer), config=config, store=store, anchors=anchors)
 
     # -- asking ---------------------------------------------------------------------------------------------------------
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, or of chat messages under the model's own template. Raises InputError where there is nothing."""
-        tokenizer: Any = self.backend.tokenizer  # what its calls return depends on their arguments
-        if tokenizer is None:
-            raise InputError("this model came without a tokenizer; pass one to KVComm.from_model")
+        tokenizer = self._tokenizer()
         if not prompt:
             raise InputError("the prompt is empty; give it at least one token")
         if isinstance(prompt, str):
@@ -162,6 +175,25 @@ class KVComm:
             self.backend.tokenizer,
         )
 
+    def prefill(self, text: str, *, producer: str = "", tenant: str | None = None) -> int:
+        """Computes the KV of a text ahead of any request, alone (behind the model's first token where it has one), and keeps it
+        for whoever reads the text. Returns the tokens kept: 0 where they are kept already, too few, or more than fit the store.
+        Raises InputError for a text without tokens or beyond the model's context, and where nobody knows the tenant.
+        """
+        who, tokenizer = self._callers.who(None, None, tenant), self._tokenizer()
+        if who is None:
+            raise InputError(f"{NOBODY_KNOWS}; pass tenant=")
+        first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        ids = self._fitting(first + tokenizer.encode(text, add_special_tokens=False))
+        if len(ids) == len(first):
+            raise InputError(f"the text {text!r} has no tokens; give it at least one")
+        with self._lock:
+            inputs = torch.tensor([ids], device=self.backend.model.device)
+            reason = self.backend.refusal(inputs, {}, None)
+            if reason is not None:
+                raise InputError(f"this model's KV cannot be kept now: {reason}")
+            return self._learner.prefill(inputs, len(first), producer, who.tenant)
+
     @contextmanager
     def acting(self, agent: str | None = None, *, rule: Rule | None = None, tenant: str | None = None) -> Iterator[None]:
         """Says for whom the requests inside are made, for code that calls an attached model's `generate` itself. Threads that
@@ -200,14 +232,23 @@ class KVComm:
 
     def _usable(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
         """Token ids of a prompt that can be answered; InputError where it cannot."""
-        ids, limit = self.encode(prompt), self.backend.context_limit
+        ids = self._fitting(self.encode(prompt))
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+        return ids
+
+    def _fitting(self, ids: list[int]) -> list[int]:
+        limit = self.backend.context_limit
         if limit is not None and len(ids) + 1 > limit:
             raise InputError(
                 f"the prompt has {len(ids)} tokens, the model's context {limit}; shorten the prompt to at most {limit - 1}"
             )
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
         return ids
+
+    def _tokenizer(self) -> Any:  # what its calls return depends on their arguments
+        if self.backend.tokenizer is None:
+            raise InputError("this model came without a tokenizer; pass one to KVComm.from_model")
+        return self.backend.tokenizer
 
     def _answer(self, ids: list[int], who: Who | None, **options: Any) -> Output:
         inputs = torch.tensor([ids], device=self.backend.model.device)
@@ -261,6 +302,7 @@ class KVComm:
         report = request.report(plan)
         started = perf_counter()
         try:
+            self._corrector.learn(request.ids, request.lessons, cache, request.who)
             self._learner.learn(request.ids, plan, cache, result, request.who.agent, request.who.tenant)
             if isinstance(result, torch.Tensor):  # else the caller may hold the cache
                 self.backend.release(cache)
@@ -278,11 +320,24 @@ class KVComm:
         try:
             matches = self._matches(request)
             request.matched = perf_counter()
-            plan = make_plan(len(request.ids), matches, self.config, who.rule)
+            plan = self._corrected(request, make_plan(len(request.ids), matches, self.config, who.rule), matches)
         except Exception as fault:  # noqa: BLE001  # no plan is a dense answer, whatever went wrong
             self._count_fault("plan", fault)
             plan = Plan.dense(len(request.ids), f"fault: {fault}")
         request.planned = perf_counter()
+        return plan
+
+    def _corrected(self, request: Request, plan: Plan, matches: list[Match]) -> Plan:
+        """`plan` after anchors had their say. Where they say too little, exact prefixes alone are reused."""
+        if self.config.anchors == "off":
+            return plan
+        corrected = self._corrector.correct(request.ids, plan, request.who)
+        if corrected is None:
+            plan = replace(make_plan(plan.length, matches, self.config, "exact"), fallback="learning")
+        else:
+            plan, request.deviations = corrected.plan, corrected.deviations
+        moved = [Span(m.start, m.end, "boundary", m.segment, m.offset) for m in matches if not m.exact]
+        request.lessons = self._corrector.lessons(plan, moved)
         return plan
 
     def _matches(self, request: Request) -> list[Match]:
@@ -327,6 +382,8 @@ class KVComm:
                     raise CacheFault("a planned segment left the store, or was altered in it")
                 stored.append((span, kv))
             self.backend.fill(cache, plan.length, stored, rotate=self.config.rung != "naive")
+            for start, deviation in request.deviations:
+                self.backend.correct(cache, plan.length, start, deviation)
             self.backend.arm(cache, torch.from_numpy(request.ids.astype(np.int64))[None], torch.from_numpy(plan.recompute))
         except CacheFault:
             raise
@@ -346,3 +403,7 @@ class KVComm:
     def _count_fault(self, kind: str, fault: Exception | str) -> None:
         self.counters.fault(kind)
         log.warning("a %s fault, counted: %s", kind, fault)
+
+
+def _pool(config: Config) -> AnchorPool:
+    return AnchorPool(config.anchor_bytes, config.anchors_per_slot, codec(config.anchor_codec), Novel())

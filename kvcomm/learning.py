@@ -5,6 +5,7 @@ Runs after the answer, never before the first token. Text that was itself reused
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +45,20 @@ class Learner:
             generated = [int(t) for t in sequences[0, len(ids) :]]
             exact = approximate_from == plan.length
             self._keep_answer(ids, generated, cache, producer, tenant, exact=exact, write=ours)
+
+    @torch.no_grad()
+    def prefill(self, ids: torch.Tensor, first: int, producer: str, tenant: str) -> int:
+        """Computes a text and keeps tokens [first, n) of `ids` [1, n]; returns how many, 0 for what is kept already."""
+        whole = ids[0].to("cpu", torch.int32).numpy()
+        segment = replace(self._segment(whole[first:], whole[:first], producer, tenant, True, len(whole)), alone=True)
+        if segment.key in self.store and segment.key in self.index:
+            return 0
+        cache = self.backend.cache(len(whole))
+        with self.backend.hooked():
+            self.backend.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self._keep(segment, cache, len(whole))
+        self.backend.release(cache)
+        return len(segment.ids) if segment.key in self.index else 0
 
     def forget(self, key: str) -> None:
         self.store.remove(key)

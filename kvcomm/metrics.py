@@ -51,6 +51,11 @@ class Counters:
         with self._lock:
             return self._counts[metric][label]
 
+    def total(self, metric: str) -> int:
+        """One metric over all its labels; KeyError for an unknown name."""
+        with self._lock:
+            return self._counts[metric].total()
+
     def render(self) -> str:
         """Prometheus text exposition format 0.0.4: `kvcomm_<metric>_total{<label>="<value>"} <count>`."""
         lines = []

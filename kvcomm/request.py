@@ -7,7 +7,8 @@ from time import perf_counter
 
 import numpy as np
 
-from kvcomm.segments import Ids, Plan, ReuseReport, SpanReport
+from kvcomm.plain import PlainKV
+from kvcomm.segments import Ids, Plan, ReuseReport, Span, SpanReport
 from kvcomm.who import Who
 
 __all__ = ["Request"]
@@ -21,6 +22,8 @@ class Request:
     began: float  # the call
     turn: float = field(default_factory=perf_counter)  # no other request runs any more
     ids: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    deviations: tuple[tuple[int, PlainKV], ...] = ()  # to be added to what is assembled, from a position on
+    lessons: list[Span] = field(default_factory=list)  # known spans that are computed for this request, to learn from
     matched: float | None = None
     planned: float | None = None
     assembled: float | None = None

@@ -21,8 +21,8 @@ __all__ = ["RUNGS", "Ids", "Plan", "ReuseReport", "Rung", "Segment", "SegmentKV"
 Ids = npt.NDArray[np.int32]
 """Token ids, [tokens]."""
 
-Rung = Literal["exact", "rotate", "boundary", "dense"]
-RUNGS: tuple[Rung, ...] = ("exact", "rotate", "boundary", "dense")
+Rung = Literal["exact", "rotate", "boundary", "anchor", "dense"]
+RUNGS: tuple[Rung, ...] = ("exact", "rotate", "boundary", "anchor", "dense")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +54,7 @@ class Segment:
     producer: str = ""  # agent that first computed it
     exact: bool = True  # nothing in front of it was reused approximately
     length: int = 1  # tokens of a sequence with the rotary tables that its keys carry; tells apart where they follow the length
+    alone: bool = False  # computed ahead of any prompt: whatever a prompt puts in front of it is missing in its KV
 
     @cached_property
     def key(self) -> str:
@@ -102,7 +103,7 @@ class Plan:
     length: int  # tokens of the prompt
     spans: tuple[Span, ...]
     recompute: npt.NDArray[np.int64]  # positions computed in the one pass, ascending, always holding length - 1
-    fallback: str | None = None  # why nothing is reused; None when something is
+    fallback: str | None = None  # why nothing is reused, or no more than an exact prefix
 
     @classmethod
     def dense(cls, length: int, reason: str) -> Plan:
@@ -122,7 +123,7 @@ class SpanReport:
     end: int
     rung: Rung
     reused_tokens: int  # not computed for this request
-    recomputed_tokens: int  # computed again: boundary and closing text
+    recomputed_tokens: int  # computed again: boundary, closing text, and what anchors doubt
     producer: str
     moved_tokens: int
 

@@ -26,7 +26,7 @@ LAYERS = (
     ("guard", "metrics", "policy"),
     ("who",),
     ("backends", "call", "request"),
-    ("learning",),
+    ("correcting", "learning"),
     ("engine",),
     ("connectors", "replay", "wire"),
     ("agents",),

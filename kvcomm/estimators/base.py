@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from torch import Tensor
@@ -20,9 +22,14 @@ class Place:
 
     slot: str
     ids: Ids  # [tokens]
-    base: PlainKV  # [tokens]
+    source: PlainKV | Callable[[], PlainKV]  # [tokens]: the base, or what makes it where it is asked for
     context: Tensor  # float32 [c]: features of the text in front of it, as in Anchor
     first: int = 0  # index of the run's first token in its segment
+    key: str = ""  # places of one key have one base, so that what follows from it alone can be kept; "": unknown
+
+    @cached_property
+    def base(self) -> PlainKV:
+        return self.source if isinstance(self.source, PlainKV) else self.source()
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,8 +97,12 @@ class Sight:
     def see(self, base: PlainKV, context: Tensor, first: int = 0) -> Seen:
         """`first`: index of the run's first token in its segment."""
         device = base.keys[0].device
-        around = self._narrow_context(context[None].to(device))[0]
-        return Seen(base, self._narrow_token(base.rows(0)), position_features(first, base.tokens, device), around)
+        token, places = self._narrow_token(base.rows(0)), position_features(first, base.tokens, device)
+        return Seen(base, token, places, self.around(context.to(device)))
+
+    def around(self, context: Tensor) -> Tensor:
+        """The features of a context, made narrow [<= context width]."""
+        return self._narrow_context(context[None])[0]
 
     def x(self, seen: Seen, layer: int) -> Tensor:
         """[tokens, features]: keys and values made narrow, token, place and context."""

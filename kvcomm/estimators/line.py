@@ -42,31 +42,35 @@ class Thin:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """y = mean + (x @ into - shift) @ out; further columns of `into` predict how wrong that is. float32.
+    """y = mean + (x @ into - shift) @ out, for x = [*parts [n, *] side by side, context [*] the same for all]. float32.
 
-    Columns: rank of them for y, one for the logarithm of its squared error against the mean one, _SKETCH for leverage.
+    `doubting` and `doubt_shift` say in the same way how wrong y is: one column is the logarithm of its squared error against
+    the mean one, _SKETCH are for leverage.
     """
 
-    into: Tensor  # [features, rank + 1 + _SKETCH]
-    shift: Tensor  # [rank + 1 + _SKETCH]
+    into: Tensor  # [features, rank]
+    shift: Tensor  # [rank]
     out: Tensor  # [rank, channels]
     mean: Tensor  # [channels]
+    doubting: Tensor  # [features, 1 + _SKETCH]
+    doubt_shift: Tensor  # [1 + _SKETCH]
     residual: float  # mean squared error expected of a token, all channels together
     least_leverage: float
 
-    def at(self, parts: Sequence[Tensor], context: Tensor) -> tuple[Tensor, Tensor]:
-        """For x = [*parts [n, *] side by side, context [*] the same for all]: y [n, channels], its expected squared error [n].
+    def at(self, parts: Sequence[Tensor], context: Tensor) -> Tensor:
+        """y [n, channels]."""
+        around = context @ self.into[len(self.into) - len(context) :] - self.shift
+        return torch.addmm(self.mean, around + _sum(parts, self.into), self.out)
 
-        The error is NaN or infinite wherever y could be.
-        """
-        *of_parts, of_context = self.into.split([part.shape[1] for part in parts] + [len(context)])
-        z = (context @ of_context - self.shift).expand(len(parts[0]), -1)
-        for part, weights in zip(parts, of_parts, strict=True):
-            z = torch.addmm(z, part, weights)
-        rank = len(self.out)
-        leverage = z[:, rank + 1 :].square().sum(1) + self.least_leverage
-        relative = z[:, rank].clamp(-6, 6).exp()
-        return torch.addmm(self.mean, z[:, :rank], self.out), self.residual * relative * (1 + leverage)
+    def glance(self, parts: Sequence[Tensor]) -> Tensor:
+        """[n, 1 + _SKETCH]: all that `doubt` needs of the tokens, whatever stands in front of them."""
+        return _sum(parts, self.doubting)
+
+    def doubt(self, glanced: Tensor, context: Tensor) -> Tensor:
+        """Expected squared error of y [n]: NaN or infinite wherever y could be."""
+        z = glanced + (context @ self.doubting[len(self.doubting) - len(context) :] - self.doubt_shift)
+        leverage = z[:, 1:].square().sum(1) + self.least_leverage
+        return self.residual * z[:, 0].clamp(-6, 6).exp() * (1 + leverage)
 
 
 def scales(moments: Centred, groups: Sequence[int], weights: Sequence[float]) -> Tensor:
@@ -119,12 +123,24 @@ def make_line(solved: Solved, kept: Thin, moments: Centred, mean_x: Tensor, mean
     agreement = (weights.T @ moments.xy[:, :-1] * kept.out).sum()
     explained = (weights.T @ fitted @ kept.out * kept.out).sum()
     left = (moments.yy[:-1].sum() - 2 * agreement + explained).clamp_min(0) / moments.tokens
-    into = torch.cat([solved.weights, solved.sketch], dim=1)
+    doubting = torch.cat([solved.weights[:, -1:], solved.sketch], dim=1)
     return Line(
-        into.float(),
-        (mean_x @ into).float(),
-        kept.out.float().contiguous(),
-        mean.float(),
-        float(left) / max(0.1, 1 - solved.freedom / moments.tokens) ** 2,
-        least_leverage,
+        into=weights.float().contiguous(),
+        shift=(mean_x @ weights).float(),
+        out=kept.out.float().contiguous(),
+        mean=mean.float(),
+        doubting=doubting.float(),
+        doubt_shift=(mean_x @ doubting).float(),
+        residual=float(left) / max(0.1, 1 - solved.freedom / moments.tokens) ** 2,
+        least_leverage=least_leverage,
     )
+
+
+def _sum(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """[n, m]: parts [n, *] side by side times the leading rows of `weights` [features, m]."""
+    first = 0
+    total = weights.new_zeros(len(parts[0]), weights.shape[1])
+    for part in parts:
+        total = torch.addmm(total, part, weights[first : first + part.shape[1]])
+        first += part.shape[1]
+    return total

@@ -154,7 +154,8 @@ class Regressions:
             solved = solve(replace(moments, xy=kept.reduce(moments.xy)), prior.scale, self.rules.slot_lam, prior.weights)
             mean = mean + (prior.level - _level(sums, prior.weights, kept)) / (slot.runs + 1)
         line = make_line(solved, kept, moments, sums.mean_x(), mean, 1 / slot.runs)
-        return replace(line, into=self._widen(line.into, slot.groups[layer], slot.kinds[layer]))
+        wide = [self._widen(x, slot.groups[layer], slot.kinds[layer]) for x in (line.into, line.doubting)]
+        return replace(line, into=wide[0], doubting=wide[1])
 
     def _scale(self, slot: _Slot, layer: int, moments: Centred) -> Tensor:
         return scales(moments, slot.groups[layer], (1, 1, 1, 1, self.rules.context_weight))

@@ -8,6 +8,8 @@ float64, and both happen in `learn` and `forget`; estimating is two thin product
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,25 @@ from kvcomm.anchors.anchor import Anchor
 from kvcomm.errors import InputError
 from kvcomm.estimators.base import Estimate, Place
 from kvcomm.estimators.features import Seen, Sight
+from kvcomm.estimators.line import Line
 from kvcomm.estimators.observed import observed
 from kvcomm.estimators.regressions import Regressions, Rules
 from kvcomm.plain import PlainKV
 
-__all__ = ["Ridge"]
+__all__ = ["Glimpse", "Ridge"]
+
+
+@dataclass(frozen=True, eq=False)
+class Glimpse:
+    """A base as the regressions of one moment see it."""
+
+    lines: list[Line | None]  # per layer
+    glances: list[Tensor | None]  # per layer [tokens, a few]
+    tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(glance.nbytes for glance in self.glances if glance is not None)
 
 
 class Ridge:
@@ -36,6 +52,7 @@ class Ridge:
         lam: float = 0.35,  # penalty on weights of standardised features, times their number; the same for few and many tokens
         rank: int = 64,  # of the map from features to deviations
         share: bool = False,
+        one: bool = False,  # all slots are one
         slot_lam: float = 5.0,  # with `share`: the same penalty on differing from all slots together
         context_weight: float = 0.3,  # of a context feature against one of the base
         width: int = 256,  # features of the keys, and of the values, of a layer
@@ -51,6 +68,7 @@ class Ridge:
         self._sight = Sight(width, context_width)
         rules = Rules(lam, slot_lam if share else None, rank, context_weight, min_anchors, growth)
         self._regressions = Regressions(rules, self._sight.widen)
+        self._one = one
         self._learned: dict[str, Tensor] = {}  # by key [layers, tokens]: what `_surprise` gave
 
     def learn(self, anchor: Anchor, base: PlainKV, deviation: PlainKV) -> None:
@@ -58,11 +76,11 @@ class Ridge:
         if anchor.key in self._learned or not whole:
             return
         seen = self._sight.see(base, anchor.context)
-        surprise = self._learned[anchor.key] = self._surprise(anchor.slot, seen, deviation)
+        surprise = self._learned[anchor.key] = self._surprise(self._slot(anchor.slot), seen, deviation)
         layers = range(deviation.layers)
         kinds = [(deviation.keys[i].shape[1], deviation.values[i].shape[1]) for i in layers]
         groups, xs = zip(*((self._sight.groups(seen, i), self._sight.x(seen, i)) for i in layers), strict=True)
-        self._regressions.add(anchor.slot, groups, kinds, xs, _targets(deviation, surprise))
+        self._regressions.add(self._slot(anchor.slot), groups, kinds, xs, _targets(deviation, surprise))
 
     def forget(self, anchor: Anchor) -> None:
         surprise = self._learned.pop(anchor.key, None)
@@ -70,27 +88,49 @@ class Ridge:
             base, deviation = observed(anchor)
             seen = self._sight.see(base, anchor.context)
             xs = [self._sight.x(seen, i) for i in range(deviation.layers)]
-            self._regressions.remove(anchor.slot, xs, _targets(deviation, surprise))
+            self._regressions.remove(self._slot(anchor.slot), xs, _targets(deviation, surprise))
 
     def estimate(self, place: Place) -> Estimate | None:
-        lines = self._regressions.lines(place.slot)
-        if lines is None:
+        glimpse = self.glimpse(place)
+        doubt = None if glimpse is None else self.doubt(glimpse, place.context)
+        if glimpse is None or doubt is None:
             return None
         seen = self._sight.see(place.base, place.context, place.first)
-        keys, values, squares = [], [], seen.places.new_zeros(seen.tokens)
+        keys, values = [], []
         for layer, (k, v) in enumerate(zip(place.base.keys, place.base.values, strict=True)):
-            line = lines[layer]
+            line = glimpse.lines[layer]
             if line is None:
                 keys.append(torch.zeros_like(k))
                 values.append(torch.zeros_like(v))
             else:
-                y, square = line.at(seen.parts(layer), seen.context)
+                y = line.at(seen.parts(layer), seen.context)
                 keys.append(y[:, : k.shape[1]])
                 values.append(y[:, k.shape[1] :])
-                squares += square
-        if not bool(torch.isfinite(squares).all()):
+        return Estimate(PlainKV(tuple(keys), tuple(values)), doubt)
+
+    def glimpse(self, place: Place) -> Glimpse | None:
+        """All that `doubt` needs of a base, for any context; None where too little is known."""
+        lines = self._regressions.lines(self._slot(place.slot))
+        if lines is None:
             return None
-        return Estimate(PlainKV(tuple(keys), tuple(values)), squares.sqrt())
+        seen = self._sight.see(place.base, place.context, place.first)
+        glances = [None if line is None else line.glance(seen.parts(i)) for i, line in enumerate(lines)]
+        return Glimpse(lines, glances, seen.tokens)
+
+    def doubt(self, glimpse: Glimpse, context: Tensor) -> Tensor | None:
+        """[tokens], of an estimate behind a text with these features; None where it is not finite."""
+        around = self._sight.around(context)
+        pairs = zip(glimpse.lines, glimpse.glances, strict=True)
+        doubts = [line.doubt(glance, around) for line, glance in pairs if line is not None and glance is not None]
+        squares = torch.stack(doubts).sum(0) if doubts else around.new_zeros(glimpse.tokens)
+        return squares.sqrt() if bool(torch.isfinite(squares).all()) else None
+
+    def fresh(self, glimpse: Glimpse, slot: str) -> bool:
+        """Whether nothing was fitted anew since."""
+        return self._regressions.lines(self._slot(slot)) is glimpse.lines
+
+    def _slot(self, name: str) -> str:
+        return "" if self._one else name
 
     def _surprise(self, slot: str, seen: Seen, deviation: PlainKV) -> Tensor:
         """[layers, tokens]: logarithm of the squared error of what would have been estimated, less its mean over the run."""
@@ -100,7 +140,7 @@ class Ridge:
             error = deviation.rows(layer)
             line, mean = lines[layer] if lines else None, self._regressions.mean_y(slot, layer)
             if line is not None:
-                error = error - line.at(seen.parts(layer), seen.context)[0]
+                error = error - line.at(seen.parts(layer), seen.context)
             elif mean is not None:
                 error = error - mean[:-1].to(error)
             squares = error.square().sum(1)

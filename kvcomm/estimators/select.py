@@ -2,25 +2,34 @@
 
 What a regression on anchors can foresee of a deviation is mostly what does not matter (a shift that all tokens share, the first
 tokens of a run). What it cannot foresee is where the text depends on its context: values of facts whose owner stands elsewhere.
+That is a matter of the model and its language, not of a slot: one regression serves all, learned in a few requests anywhere.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from kvcomm.anchors.anchor import Anchor
 from kvcomm.estimators.base import Estimate, Place
-from kvcomm.estimators.ridge import Ridge
+from kvcomm.estimators.ridge import Glimpse, Ridge
 from kvcomm.plain import PlainKV
 
 __all__ = ["Select"]
 
 
 class Select:
-    """The doubt of a ridge regression over all slots, without its estimate. None until that has anything to say."""
+    """The doubt of a ridge regression over the anchors of all slots, without its estimate. None below `min_anchors`.
+
+    What follows from a base alone is kept (68 bytes per token and layer, `keep_bytes` in all), so that a base seen before costs
+    next to nothing behind a new context.
+    """
 
     name = "select"
 
-    def __init__(self, ridge: Ridge | None = None) -> None:
-        self._ridge = ridge or Ridge(share=True)
+    def __init__(self, min_anchors: int = 20, width: int = 64, keep_bytes: int = 128 << 20) -> None:
+        self._ridge = Ridge(width=width, context_width=width, min_anchors=min_anchors, one=True)
+        self._keep_bytes, self._bytes = keep_bytes, 0
+        self._kept: OrderedDict[str, Glimpse] = OrderedDict()  # by key of a place, the one not used for longest first
 
     def learn(self, anchor: Anchor, base: PlainKV, deviation: PlainKV) -> None:
         self._ridge.learn(anchor, base, deviation)
@@ -29,5 +38,18 @@ class Select:
         self._ridge.forget(anchor)
 
     def estimate(self, place: Place) -> Estimate | None:
-        found = self._ridge.estimate(place)
-        return None if found is None else Estimate(None, found.doubt)
+        glimpse = self._glimpse(place)
+        doubt = None if glimpse is None else self._ridge.doubt(glimpse, place.context)
+        return None if doubt is None else Estimate(None, doubt)
+
+    def _glimpse(self, place: Place) -> Glimpse | None:
+        glimpse = self._kept.pop(place.key, None)
+        self._bytes -= glimpse.nbytes if glimpse else 0
+        if glimpse is None or not self._ridge.fresh(glimpse, place.slot):
+            glimpse = self._ridge.glimpse(place)
+        if glimpse is not None and place.key:
+            self._kept[place.key] = glimpse
+            self._bytes += glimpse.nbytes
+            while self._bytes > self._keep_bytes:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return glimpse

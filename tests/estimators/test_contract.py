@@ -195,7 +195,7 @@ def test_never_nan_for_a_base_that_is_not_finite(estimator: Estimator, world: Wo
     place = world.sample(12).place
     base = place.base.map(torch.clone)
     base.keys[1][4, 2] = bad
-    estimate = estimator.estimate(replace(place, base=base))
+    estimate = estimator.estimate(replace(place, source=base))
     if estimate is not None:
         check(estimate, place)
 

@@ -104,7 +104,7 @@ def test_duplicates_at_other_positions(world: World) -> None:
     for sample in samples:
         sample.teach(estimator)
     place = samples[2].place
-    turned = replace(place, ids=place.ids[::-1].copy(), base=place.base.map(lambda x: x.flip(0)))
+    turned = replace(place, ids=place.ids[::-1].copy(), source=place.base.map(lambda x: x.flip(0)))
     estimate = estimator.estimate(turned)
     assert estimate is not None
     np.testing.assert_allclose(rows(estimate.deviation), rows(samples[2].deviation)[::-1], rtol=1e-3, atol=1e-3)

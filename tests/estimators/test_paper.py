@@ -65,7 +65,7 @@ def entropy(samples: list[Sample], place: Place) -> float:
 def near(world: World, sample: Sample, noise: float) -> Sample:
     """The same text behind another context, its base a little different."""
     base = sample.place.base.map(lambda x: x + noise * world.draw(*x.shape))
-    return replace(sample, place=replace(sample.place, base=base, context=world.draw(5)))
+    return replace(sample, place=replace(sample.place, source=base, context=world.draw(5)))
 
 
 @pytest.mark.parametrize("distance", ["norm", "mean"])

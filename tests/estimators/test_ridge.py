@@ -212,7 +212,7 @@ def test_a_layer_whose_values_alone_deviate_is_not(world: World) -> None:
         sample = world.sample(12)
         keys = tuple(map(torch.zeros_like, sample.deviation.keys))
         base = PlainKV(tuple(1000 * k for k in sample.place.base.keys), sample.place.base.values)
-        place = replace(sample.place, base=base)
+        place = replace(sample.place, source=base)
         replace(sample, place=place, deviation=PlainKV(keys, sample.deviation.values)).teach(estimator)
     deviation = given(estimator.estimate(replace(place, context=world.draw(5))))
     assert bool(deviation.values[1].any())
@@ -224,7 +224,7 @@ def test_collinear_features(world: World, error: Error) -> None:
     for number in range(30):
         sample = world.sample(20)
         base = sample.place.base.map(lambda x: torch.cat([x[:, ::2], x[:, ::2]], dim=1))
-        place = replace(sample.place, base=base, context=torch.full((5,), 3.0))
+        place = replace(sample.place, source=base, context=torch.full((5,), 3.0))
         doubled = replace(sample, place=place, deviation=base.map(lambda x: 2 * x + 1))
         if number < 29:
             anchor = replace(doubled.anchor(), producer_context=np.full(1, number, np.int32))
@@ -275,7 +275,7 @@ def test_doubt_grows_with_what_was_never_seen(world: World) -> None:
     for _ in range(20):
         world.sample(20).teach(estimator)
     place = world.sample(20).place
-    far = replace(place, base=place.base.map(lambda x: 10 * x))
+    far = replace(place, source=place.base.map(lambda x: 10 * x))
     assert doubt(estimator.estimate(far)) > 2 * doubt(estimator.estimate(place))
 
 

@@ -1,0 +1,142 @@
+"""What anchors do for a request: whether its moved text can be served, what is added to it, and what is computed again.
+
+The base of a text that was computed alone knows nothing of what it stands behind now. Until anchors say what that changes, such
+a request is computed densely and leaves anchors behind; from then on moved text is served on rung `anchor`, whatever its base.
+Knows nothing of how a plan comes about, or of requests.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvcomm.anchors.anchor import Anchor
+from kvcomm.anchors.pool import AnchorPool
+from kvcomm.codecs import codec, pack
+from kvcomm.config import Config
+from kvcomm.errors import CacheFault
+from kvcomm.estimators.base import Estimate, Place
+from kvcomm.estimators.catalogue import make
+from kvcomm.estimators.pupils import Pupils
+from kvcomm.plain import PlainKV
+from kvcomm.segments import Ids, Plan, Span
+from kvcomm.store.base import Store
+
+if TYPE_CHECKING:
+    from kvcomm.backends.base import Backend
+    from kvcomm.backends.span_cache import SpanCache
+    from kvcomm.who import Who
+
+__all__ = ["Corrected", "Corrector"]
+
+LESSONS = 8  # spans learned from one request, the longest
+
+
+@dataclass(frozen=True, eq=False)
+class Corrected:
+    """A plan after anchors had their say."""
+
+    plan: Plan
+    deviations: tuple[tuple[int, PlainKV], ...] = ()  # position of the first token, what is to be added from there on
+
+
+class Corrector:
+    """Mutable; one request at a time, which the engine sees to. The pool may be shared with others."""
+
+    def __init__(self, backend: Backend, store: Store, pool: AnchorPool, config: Config) -> None:
+        """Learns first from what `pool` holds. Raises InputError for an unknown estimator or codec in `config`."""
+        self.backend, self.store, self.pool, self.config = backend, store, pool, config
+        self._codec = codec(config.anchor_codec)
+        make([config.estimator])
+        self._pupils = Pupils(backend.fingerprint, lambda: make([config.estimator])[config.estimator])
+        self._asked: Counter[str] = Counter()  # by tenant: requests that could be served with anchors
+        pool.subscribe(self._pupils)
+
+    def waits(self, span: Span) -> bool:
+        """Whether a moved span needs anchors."""
+        return self.config.anchors == "all" or span.segment.alone
+
+    def correct(self, ids: Ids, plan: Plan, who: Who) -> Corrected | None:
+        """`plan` with its moved spans served by anchors; None where that cannot be done and text computed alone is among them.
+
+        Without such text, too few anchors leave the plan as it is. One request in 1 / `explore` gets None to be learned from.
+        """
+        moved = [span for span in plan.spans if span.rung == "boundary"]
+        if not moved:
+            return Corrected(plan)
+        waits = any(map(self.waits, moved))
+        if waits and self._due(who.tenant):
+            return None
+        estimates: list[Estimate] = []
+        for span in moved:
+            estimate = self._estimate(ids, span, who)
+            if estimate is None:
+                return None if waits else Corrected(plan)
+            estimates.append(estimate)
+        self.pool.use(anchor.key for anchor in self.pool.match(who.agent, self.backend.fingerprint, who.tenant))
+        return self._corrected(plan, moved, estimates)
+
+    def lessons(self, plan: Plan, known: Sequence[Span]) -> list[Span]:
+        """Those of the `known` spans of a prompt that `plan` leaves to be computed behind nothing approximate."""
+        if any(span.rung != "exact" for span in plan.spans):
+            return []
+        served = {span.start for span in plan.spans}
+        fitting = [span for span in known if span.start not in served and self.waits(span)]
+        return sorted(fitting, key=lambda span: -span.tokens)[:LESSONS]
+
+    def learn(self, ids: Ids, lessons: Sequence[Span], cache: SpanCache, who: Who) -> int:
+        """Deposits an anchor for each lesson, whose real KV `cache` holds; returns how many the pool took in."""
+        taken = 0
+        for span in lessons:
+            base = self._base(span)
+            real = self.backend.read(cache, span.start, span.end, len(ids))
+            anchor = Anchor(
+                slot=who.agent,
+                ids=ids[span.start : span.end],
+                base=pack(self._codec, base),
+                deviation=pack(self._codec, self.backend.plain(real, 0, span.tokens).minus(base)),
+                context=self.backend.context(ids[: span.start]),
+                producer_context=np.concatenate([span.segment.context, span.segment.ids[: span.offset]]),
+                consumer_context=ids[: span.start],
+                fingerprint=self.backend.fingerprint,
+                tenant=who.tenant,
+            )
+            taken += bool(self.pool.add(anchor))
+        return taken
+
+    def _due(self, tenant: str) -> bool:
+        """Whether it is time to look at how things really are."""
+        self._asked[tenant] += 1
+        return self.config.explore > 0 and self._asked[tenant] % round(1 / self.config.explore) == 0
+
+    def _estimate(self, ids: Ids, span: Span, who: Who) -> Estimate | None:
+        key = f"{span.segment.key} {span.offset} {span.tokens}"
+        context = self.backend.context(ids[: span.start])
+        place = Place(who.agent, ids[span.start : span.end], lambda: self._base(span), context, key=key)
+        return self._pupils.estimate(who.tenant, place)
+
+    def _base(self, span: Span) -> PlainKV:
+        kv = self.store.get(span.segment.key)
+        if kv is None:
+            raise CacheFault("a known segment left the store, or was altered in it")
+        return self.backend.plain(kv, span.offset, span.offset + span.tokens)
+
+    def _corrected(self, plan: Plan, moved: Sequence[Span], estimates: Sequence[Estimate]) -> Corrected:
+        """Of what is not computed anyway, the share `refresh` of the prompt that is doubted most is computed again."""
+        compute = np.zeros(plan.length, dtype=bool)
+        compute[plan.recompute] = True
+        doubt = np.zeros(plan.length, dtype=np.float32)
+        for span, estimate in zip(moved, estimates, strict=True):
+            doubt[span.start : span.end] = estimate.doubt.cpu().numpy()
+        doubt[compute] = 0
+        most = np.argsort(-doubt, kind="stable")[: round(self.config.refresh * plan.length)]
+        compute[most[doubt[most] > 0]] = True
+        served = {span.start: replace(span, rung="anchor") for span in moved}
+        spans = tuple(served.get(span.start, span) for span in plan.spans)
+        pairs = zip(moved, estimates, strict=True)
+        deviations = tuple((span.start, e.deviation) for span, e in pairs if e.deviation is not None)
+        return Corrected(Plan(plan.length, spans, np.flatnonzero(compute)), deviations)

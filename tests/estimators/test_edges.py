@@ -37,7 +37,7 @@ def test_corrects_the_first_tokens_as_the_inner_one_does_and_no_others(world: Wo
 
 
 def test_what_corrects_nothing_stays_so(world: World) -> None:
-    edges = Edges(Select())
+    edges = Edges(Select(min_anchors=5))
     for sample in (world.sample(12) for _ in range(8)):
         sample.teach(edges)
     found = edges.estimate(world.sample(9).place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 from kvcomm.bench.fidelity.methods import Method
@@ -24,7 +25,7 @@ FAMILIES = {
     "chosen by anchors": "#2f8f4e",
     "control": "#8c6d4f",
 }
-SHADES = ("#2f8f4e", "#3b6fb5", "#d98a1f", "#8a56ac", "#c0504d", "#8b95a7", "#3aa6a6", "#8c6d4f", "#b5485d", "#6b7a1f")
+SPARE = ("#3aa6a6", "#b5485d", "#6b7a1f", "#5a4fcf", "#e07b9b")  # for further methods of a family
 FLOOR = 1e-5  # nats: a divergence below is as good as none
 
 
@@ -100,9 +101,9 @@ def _lines(axis: str, ticks: Sequence[str], by: dict[str, list[Row | None]]) -> 
     titles = {"length": "tokens of a span", "anchors": "requests learned from", "distribution": "learned from"}
     places = [Tick(x(i), text) for i, text in enumerate(ticks)]
     canvas = Canvas(x, y, titles.get(axis, axis), "right answers", places, y.ticks())
-    ends = []
+    ends, free, spare = list[tuple[float, float, str, str]](), dict(FAMILIES), cycle(SPARE)
     for n, (name, rows) in enumerate(by.items()):
-        colour, shift = SHADES[n % len(SHADES)], 2.5 * (n - len(by) / 2)
+        colour, shift = free.pop(family(name), None) or next(spare), 2.5 * (n - len(by) / 2)
         seen = [(x(i) + shift, r) for i, r in enumerate(rows) if r]
         canvas.marks += [
             Mark(

@@ -16,6 +16,7 @@ from kvcomm.bench.fidelity.early import Early
 from kvcomm.bench.fidelity.methods import Method, deviation, serve
 from kvcomm.errors import InputError
 from kvcomm.estimators.base import Estimate, Place
+from kvcomm.estimators.edges import Edges
 from kvcomm.plain import PlainKV
 from kvcomm.tiny import FOLDER
 from kvcomm.tiny.words import DOMAINS
@@ -75,6 +76,9 @@ def test_reuse_and_compute_are_counted(backend: HFBackend, make: Make) -> None:
     rotate = serve(backend, asked, Method.parse("rotate"), {}, early)
     assert rotate.reused == pytest.approx(1 - outside / len(asked.ids))
     assert rotate.compute == pytest.approx(1 - rotate.reused)
+    edges = serve(backend, asked, Method.parse("edges"), {"edges": Edges(Truth(backend, asked), 4)}, early)
+    assert (edges.reused, edges.compute) == (rotate.reused, rotate.compute), "nothing is computed inside a run"
+    assert 0 < edges.kl != rotate.kl
     boundary = serve(backend, asked, Method.parse("boundary:2"), {}, early)
     assert rotate.reused - boundary.reused == pytest.approx(2 * len(asked.pieces) / len(asked.ids))
     blend = serve(backend, asked, Method.parse("cacheblend:0.1"), {}, early)

@@ -117,8 +117,8 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         folder, suffix = Path(args.output), f"-{args.axis}" if args.axis else ""
         write_json(folder / f"fidelity{suffix}.json", doc)
-        known = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("fidelity*.json"))]
-        (folder / "fidelity.html").write_text(page(known), encoding="utf-8")
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("fidelity*.json"))]
+        (folder / "fidelity.html").write_text(page([d for d in found if "axis" in d]), encoding="utf-8")
         if args.format == "terminal":
             print(f"written: {folder / f'fidelity{suffix}.json'}, {folder / 'fidelity.html'}")
     return 0

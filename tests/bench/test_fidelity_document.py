@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvcomm.bench.fidelity.cases import Template, templates
 from kvcomm.bench.fidelity.methods import Method
 from kvcomm.bench.fidelity.rows import pairs, value_of
 from kvcomm.bench.fidelity.settings import AXES, DISTRIBUTIONS, Setting, along
+from kvcomm.codecs import Raw
 from kvcomm.errors import InputError
 from kvcomm.estimators.mean import Mean
 from kvcomm.plain import PlainKV
@@ -138,8 +140,8 @@ def heard(backend: HFBackend) -> dict[str, list[Anchor]]:
     out = {}
     for name in DISTRIBUTIONS:
         listener = Listener()
-        setting = Setting("isolated", 3, (8, 12), 2, name, "raw")
-        sizes = trial.learn(backend, template(), setting, {"listener": listener}, 0)
+        source, rng = DISTRIBUTIONS[name](template()), random.Random(0)
+        sizes = trial.learn(backend, source, "isolated", {"listener": listener}, Raw(), 2, rng)
         assert [s.stored for s in sizes] == [a.nbytes for a in listener.heard]
         out[name] = listener.heard
     return out

@@ -12,12 +12,12 @@ from statistics import fmean
 
 from kvcomm.anchors.anchor import Anchor
 from kvcomm.backends.hf import HFBackend
-from kvcomm.bench.fidelity.cases import Template, case, templates
+from kvcomm.bench.fidelity.cases import Base, Template, case, templates
 from kvcomm.bench.fidelity.early import Early
 from kvcomm.bench.fidelity.methods import Method, Outcome, deviation, serve
 from kvcomm.bench.fidelity.settings import DISTRIBUTIONS, Setting
 from kvcomm.codecs import codec
-from kvcomm.codecs.base import pack, unpack
+from kvcomm.codecs.base import Codec, pack, unpack
 from kvcomm.estimators.base import Estimator
 from kvcomm.estimators.catalogue import make
 from kvcomm.segments import Ids
@@ -73,9 +73,11 @@ def run(
     sizes: list[Size] = []
     for template in templates(count, setting.documents, setting.fillers, seed):
         estimators = make({m.estimator for m in methods if m.estimator})
-        sizes += learn(backend, template, setting, estimators, seed) if estimators else []
+        taught, rng, order = (random.Random(f"{seed} {template.name} {what}") for what in ("learned", "asked", "order"))
+        if estimators:
+            source, store = DISTRIBUTIONS[setting.distribution](template), codec(setting.codec)
+            sizes += learn(backend, source, setting.base, estimators, store, setting.anchors, taught)
         tick(setting.anchors)
-        rng, order = (random.Random(f"{seed} {template.name} {what}") for what in ("asked", "order"))
         for i in range(each):
             now = case(backend, template, setting.base, rng, CLASSES[i % len(CLASSES)])
             asked.append(Asked(now.ids, now.binding, now.dense_right, fmean(p.span.tokens for p in now.pieces)))
@@ -86,17 +88,23 @@ def run(
 
 
 def learn(
-    backend: HFBackend, template: Template, setting: Setting, estimators: Mapping[str, Estimator], seed: int
+    backend: HFBackend,
+    template: Template,
+    base: Base,
+    estimators: Mapping[str, Estimator],
+    store: Codec,
+    count: int,
+    rng: random.Random,
 ) -> list[Size]:
-    """Feeds the estimators the anchors of the setting's requests, as they would come back from storage."""
-    rng, store, sizes = random.Random(f"{seed} {template.name} learned"), codec(setting.codec), []
-    for i in range(setting.anchors):
-        seen = case(backend, DISTRIBUTIONS[setting.distribution](template), setting.base, rng, CLASSES[i % len(CLASSES)])
+    """Feeds the estimators the anchors of `count` requests, as they would come back from storage."""
+    sizes = []
+    for i in range(count):
+        seen = case(backend, template, base, rng, CLASSES[i % len(CLASSES)])
         for number, piece in enumerate(seen.pieces):
             span = piece.span
-            base, change = deviation(backend, seen, number)
+            kv, change = deviation(backend, seen, number)
             anchor = Anchor(
-                piece.slot, seen.ids[span.start : span.end], pack(store, base), pack(store, change),
+                piece.slot, seen.ids[span.start : span.end], pack(store, kv), pack(store, change),
                 backend.context(seen.ids[: span.start]), span.segment.context, seen.ids[: span.start], backend.fingerprint,
             )  # fmt: skip
             sizes.append(Size(anchor.nbytes, anchor.deviation.nbytes, change.nbytes // 2))

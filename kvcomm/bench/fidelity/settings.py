@@ -80,7 +80,7 @@ AXES: Mapping[str, Axis] = MappingProxyType(
         "anchors": Axis("anchors", ("1", "2", "5", "10", "20", "50"), lambda s, v: replace(s, anchors=int(v))),
         "distribution": Axis("distribution", tuple(DISTRIBUTIONS), lambda s, v: replace(s, distribution=v)),
         "length": Axis("span_tokens", ("2", "5", "11", "22", "44"), _length),
-        "codec": Axis("codec", ("raw", "int8", "lowrank:8+int8", "lowrank:4+int8"), lambda s, v: replace(s, codec=v)),
+        "codec": Axis("codec", ("raw", "int8", "lowrank:8+int8", "lowrank:6+int8"), lambda s, v: replace(s, codec=v)),
     }
 )
 

@@ -8,7 +8,7 @@ from itertools import cycle
 from typing import Any
 
 from kvcomm.bench.fidelity.methods import Method
-from kvcomm.bench.fidelity.plot import Canvas, Mark, Tick, scale_x, scale_y
+from kvcomm.bench.fidelity.plot import Canvas, Mark, Scale, Tick, scale_x, scale_y
 from kvcomm.bench.fidelity.rows import value_of
 
 __all__ = ["FAMILIES", "Along", "along", "pareto"]
@@ -57,7 +57,7 @@ def pareto(rows: Sequence[Row], quality: str, cost: str) -> Canvas:
     if quality == "kl":
         y = scale_y(FLOOR, 2 * max(max(values), 10 * FLOOR), log=True)
     else:
-        y = scale_y(max(0.0, min(values) - 0.05), 1.03)
+        y = _accuracy(min(values))
     names = {"ttft_ms": "time to first token, ms", "compute_share": "computed, share of a dense prefill"}
     canvas = Canvas(x, y, names[cost], "KL from dense, nats" if quality == "kl" else "right answers", x.ticks(), y.ticks())
     canvas.marks += [
@@ -75,6 +75,12 @@ def pareto(rows: Sequence[Row], quality: str, cost: str) -> Canvas:
     rest = sorted((i for i in order if i not in front), key=lambda i: -better * values[i])
     canvas.name_marks([(canvas.marks[i], rows[i]["name"]) for i in (*front, *rest)])
     return canvas
+
+
+def _accuracy(least: float) -> Scale:
+    """From a little below the least value to a little above 1."""
+    low = max(0.0, least - 0.1)
+    return scale_y(low, 1 + 0.04 * (1 - low))
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def along(axis: str, rows: Sequence[Row]) -> Along:
 
 def _lines(axis: str, ticks: Sequence[str], by: dict[str, list[Row | None]]) -> Canvas:
     least = min(r["accuracy"] for rows in by.values() for r in rows if r)
-    x, y = scale_x(-0.2, len(ticks) - 0.8, right=160), scale_y(max(0.0, least - 0.1), 1.03)
+    x, y = scale_x(-0.2, len(ticks) - 0.8, right=160), _accuracy(least)
     titles = {"length": "tokens of a span", "anchors": "requests learned from", "distribution": "learned from"}
     places = [Tick(x(i), text) for i, text in enumerate(ticks)]
     canvas = Canvas(x, y, titles.get(axis, axis), "right answers", places, y.ticks())

@@ -54,10 +54,7 @@ def pareto(rows: Sequence[Row], quality: str, cost: str) -> Canvas:
     values = [max(r["kl"], FLOOR) if quality == "kl" else r[quality] for r in rows]
     costs = [r[cost] for r in rows]
     x = scale_x(0.8 * min(costs), 1.25 * max(costs), log=True)
-    if quality == "kl":
-        y = scale_y(FLOOR, 2 * max(max(values), 10 * FLOOR), log=True)
-    else:
-        y = _accuracy(min(values))
+    y = scale_y(FLOOR, 2 * max(max(values), 10 * FLOOR), log=True) if quality == "kl" else _accuracy(min(values))
     names = {"ttft_ms": "time to first token, ms", "compute_share": "computed, share of a dense prefill"}
     canvas = Canvas(x, y, names[cost], "KL from dense, nats" if quality == "kl" else "right answers", x.ticks(), y.ticks())
     canvas.marks += [

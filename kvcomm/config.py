@@ -25,9 +25,9 @@ class Config:
     boundary: int = 2  # tokens recomputed at the start of every moved span
     closing: int = 16  # tokens recomputed at the end of the prompt
     max_recompute: float = 0.8  # share of the prompt; above it the request goes dense
-    anchors: Anchors = "alone"  # moved text that waits for anchors before it is reused: what was computed alone, or all
+    anchors: Anchors = "alone"  # moved text waits for anchors: of tenants that prefill texts alone, or always (all), or never
     refresh: float = 0.05  # share of the prompt computed again where anchors doubt most, under rung anchor
-    explore: float = 0.02  # share of requests with such text that are computed densely, to learn from
+    explore: float = 0.02  # share of requests with text that waits which are computed densely, to learn from
     estimator: str = "select"  # one of kvcomm.estimators.catalogue
     anchor_codec: str = "int8"  # how anchors are stored: a name of kvcomm.codecs
     anchor_bytes: int = 256 << 20

@@ -1,7 +1,8 @@
 """What anchors do for a request: whether its moved text can be served, what is added to it, and what is computed again.
 
-The base of a text that was computed alone knows nothing of what it stands behind now. Until anchors say what that changes, such
-a request is computed densely and leaves anchors behind; from then on moved text is served on rung `anchor`, whatever its base.
+The base of a text that was computed alone knows nothing of what it stands behind now, and one from another prompt may know
+something else. Where texts are prefilled alone, moved text is computed and leaves anchors behind, until they say what a new
+context changes; from then on it is served on rung `anchor`, whatever its base.
 Knows nothing of how a plan comes about, or of requests.
 """
 
@@ -53,22 +54,28 @@ class Corrector:
         self._codec = codec(config.anchor_codec)
         make([config.estimator])
         self._pupils = Pupils(backend.fingerprint, lambda: make([config.estimator])[config.estimator])
+        self._waiting: set[str] = set()  # tenants whose moved text waits for anchors
         self._asked: Counter[str] = Counter()  # by tenant: requests that could be served with anchors
         pool.subscribe(self._pupils)
 
-    def waits(self, span: Span) -> bool:
-        """Whether a moved span needs anchors."""
-        return self.config.anchors == "all" or span.segment.alone
+    def expect_alone(self, tenant: str) -> None:
+        """Texts of this tenant are computed alone: from now on its moved text waits for anchors."""
+        self._waiting.add(tenant)
+
+    def _waits(self, tenant: str, known: Sequence[Span]) -> bool:
+        if any(span.segment.alone for span in known):
+            self._waiting.add(tenant)
+        return self.config.anchors == "all" or tenant in self._waiting
 
     def correct(self, ids: Ids, plan: Plan, who: Who) -> Corrected | None:
-        """`plan` with its moved spans served by anchors; None where that cannot be done and text computed alone is among them.
+        """`plan` with its moved spans served by anchors; None where that cannot be done and they wait for anchors.
 
-        Without such text, too few anchors leave the plan as it is. One request in 1 / `explore` gets None to be learned from.
+        Where nothing waits, too few anchors leave the plan as it is. One request in 1 / `explore` gets None, to learn from it.
         """
         moved = [span for span in plan.spans if span.rung == "boundary"]
         if not moved:
             return Corrected(plan)
-        waits = any(map(self.waits, moved))
+        waits = self._waits(who.tenant, moved)
         if waits and self._due(who.tenant):
             return None
         estimates: list[Estimate] = []
@@ -80,18 +87,17 @@ class Corrector:
         self.pool.use(anchor.key for anchor in self.pool.match(who.agent, self.backend.fingerprint, who.tenant))
         return self._corrected(plan, moved, estimates)
 
-    def lessons(self, plan: Plan, known: Sequence[Span]) -> list[Span]:
+    def lessons(self, plan: Plan, known: Sequence[Span], who: Who) -> list[Span]:
         """Those of the `known` spans of a prompt that `plan` leaves to be computed behind nothing approximate."""
-        if any(span.rung != "exact" for span in plan.spans):
+        if not self._waits(who.tenant, known) or any(span.rung != "exact" for span in plan.spans):
             return []
         served = {span.start for span in plan.spans}
-        fitting = [span for span in known if span.start not in served and self.waits(span)]
-        return sorted(fitting, key=lambda span: -span.tokens)[:LESSONS]
+        return [span for span in known if span.start not in served]
 
     def learn(self, ids: Ids, lessons: Sequence[Span], cache: SpanCache, who: Who) -> int:
-        """Deposits an anchor for each lesson, whose real KV `cache` holds; returns how many the pool took in."""
+        """Deposits an anchor for each lesson, of many the longest; `cache` holds their real KV. Returns how many were taken."""
         taken = 0
-        for span in lessons:
+        for span in sorted(lessons, key=lambda span: -span.tokens)[:LESSONS]:
             base = self._base(span)
             real = self.backend.read(cache, span.start, span.end, len(ids))
             anchor = Anchor(

@@ -192,6 +192,7 @@ class KVComm:
             reason = self.backend.refusal(inputs, {}, None)
             if reason is not None:
                 raise InputError(f"this model's KV cannot be kept now: {reason}")
+            self._corrector.expect_alone(who.tenant)
             return self._learner.prefill(inputs, len(first), producer, who.tenant)
 
     @contextmanager
@@ -303,7 +304,8 @@ class KVComm:
         started = perf_counter()
         try:
             self._corrector.learn(request.ids, request.lessons, cache, request.who)
-            self._learner.learn(request.ids, plan, cache, result, request.who.agent, request.who.tenant)
+            who = request.who
+            self._learner.learn(request.ids, plan, cache, result, who.agent, who.tenant, request.lessons)
             if isinstance(result, torch.Tensor):  # else the caller may hold the cache
                 self.backend.release(cache)
         except Exception as fault:  # noqa: BLE001  # learning is optional: the answer is already there
@@ -320,11 +322,13 @@ class KVComm:
         try:
             matches = self._matches(request)
             request.matched = perf_counter()
-            plan = self._corrected(request, make_plan(len(request.ids), matches, self.config, who.rule), matches)
+            plan = make_plan(len(request.ids), matches, self.config, who.rule)
+            request.planned = perf_counter()
+            plan = self._corrected(request, plan, matches)
         except Exception as fault:  # noqa: BLE001  # no plan is a dense answer, whatever went wrong
             self._count_fault("plan", fault)
             plan = Plan.dense(len(request.ids), f"fault: {fault}")
-        request.planned = perf_counter()
+        request.estimated = perf_counter()
         return plan
 
     def _corrected(self, request: Request, plan: Plan, matches: list[Match]) -> Plan:
@@ -337,7 +341,7 @@ class KVComm:
         else:
             plan, request.deviations = corrected.plan, corrected.deviations
         moved = [Span(m.start, m.end, "boundary", m.segment, m.offset) for m in matches if not m.exact]
-        request.lessons = self._corrector.lessons(plan, moved)
+        request.lessons = self._corrector.lessons(plan, moved, request.who)
         return plan
 
     def _matches(self, request: Request) -> list[Match]:

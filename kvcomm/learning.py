@@ -5,6 +5,7 @@ Runs after the answer, never before the first token. Text that was itself reused
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,15 @@ class Learner:
     def __init__(self, backend: Backend, store: Store, index: TextIndex, config: Config) -> None:
         self.backend, self.store, self.index, self.config = backend, store, index, config
 
-    def learn(self, ids: Ids, plan: Plan, cache: SpanCache, result: Any, producer: str, tenant: str) -> None:
+    def learn(
+        self, ids: Ids, plan: Plan, cache: SpanCache, result: Any, producer: str, tenant: str, known: Sequence[Span] = ()
+    ) -> None:
         """Deposits unknown runs of the prompt [tokens] and the answer of `result` (a tensor [rows, prompt + new] or an output
         record that holds one). `cache` must still hold the request's KV; with a record it is the caller's too, and only read.
-        Raises CacheFault where the store refuses.
+        Text of the `known` spans is kept already, and not once more in this context. Raises CacheFault where the store refuses.
         """
         approximate_from = min((s.start for s in plan.spans if s.rung != "exact"), default=plan.length)
-        for start, end in self._unknown(plan):
+        for start, end in self._unknown(plan.length, [*plan.spans, *known]):
             exact = start <= approximate_from
             self._keep(self._segment(ids[start:end], ids[:start], producer, tenant, exact, plan.length), cache, plan.length)
         ours = isinstance(result, torch.Tensor)
@@ -64,9 +67,9 @@ class Learner:
         self.store.remove(key)
         self.index.remove(key)
 
-    def _unknown(self, plan: Plan) -> list[tuple[int, int]]:
-        """Runs of at least min_run prompt tokens that no span covers."""
-        edges = [0, *(e for s in plan.spans for e in (s.start, s.end)), plan.length]
+    def _unknown(self, length: int, spans: Sequence[Span]) -> list[tuple[int, int]]:
+        """Runs of at least min_run prompt tokens that none of the spans, which are disjoint, covers."""
+        edges = [0, *(e for s in sorted(spans, key=lambda s: s.start) for e in (s.start, s.end)), length]
         return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a >= self.config.min_run]
 
     def _segment(self, ids: Ids, context: Ids, producer: str, tenant: str, exact: bool, length: int) -> Segment:

@@ -14,7 +14,7 @@ _HELP = {
     "prompt_tokens": "Prompt tokens of finished requests.",
     "reused_tokens": "Prompt tokens served from stored KV, by rung.",
     "computed_tokens": "Prompt tokens computed, by the rung of the span they belong to; dense: outside every span.",
-    "fallbacks": "Requests that reused nothing, by reason.",
+    "fallbacks": "Requests that reused nothing, or no more than an exact prefix, by reason.",
     "faults": "Stored KV or its handling failed, by kind; the requests were answered densely.",
 }
 _LABEL = {"reused_tokens": "rung", "computed_tokens": "rung", "fallbacks": "reason", "faults": "kind"}

@@ -53,4 +53,7 @@ class PlainKV:
         )
 
     def finite(self) -> bool:
-        return all(bool(torch.isfinite(t).all()) for t in (*self.keys, *self.values))
+        """No NaN, no infinity. A finite sum says so at once; one that is not may be an overflow."""
+        parts = (*self.keys, *self.values)
+        sums = torch.stack([t.sum() for t in parts])
+        return bool(torch.isfinite(sums).all()) or all(bool(torch.isfinite(t).all()) for t in parts)

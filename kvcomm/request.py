@@ -26,6 +26,7 @@ class Request:
     lessons: list[Span] = field(default_factory=list)  # known spans that are computed for this request, to learn from
     matched: float | None = None
     planned: float | None = None
+    estimated: float | None = None  # anchors had their say
     assembled: float | None = None
     first: float | None = None  # the first token's logits
 
@@ -50,7 +51,8 @@ class Request:
             fallback=plan.fallback,
             match_ms=_ms(self.turn, self.matched),
             plan_ms=_ms(self.matched, self.planned),
-            assemble_ms=_ms(self.planned, self.assembled),
+            estimate_ms=_ms(self.planned, self.estimated),
+            assemble_ms=_ms(self.estimated, self.assembled),
             forward_ms=_ms(self.assembled, self.first),
             ttft_ms=_ms(self.began, self.first),
         )

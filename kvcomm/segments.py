@@ -140,6 +140,7 @@ class ReuseReport:
     fallback: str | None = None
     match_ms: float | None = None  # from the request's turn on: it may have waited for others
     plan_ms: float | None = None
+    estimate_ms: float | None = None  # what anchors say of moved text
     assemble_ms: float | None = None  # rotate and copy stored KV into the request's cache
     forward_ms: float | None = None  # the first forward: the one pass, or the dense prefill
     learn_ms: float | None = None  # storing what is new, after the answer

@@ -23,6 +23,7 @@ from kvcomm.segments import Plan, SegmentKV, Span
 from kvcomm.testing import tiny_random
 from kvcomm.tiny import tasks
 from kvcomm.tiny import tokenizer as tiny_tokenizer
+from kvcomm.who import Who
 
 CONTENT = " city is oslo . pet is dog . the old river waits slowly . food is rice . the young sailor sings loudly ."
 OWNERS = ("bob", "erin", "jack", "alice", "mary", "carl", "dora", "fred")
@@ -222,6 +223,13 @@ def test_all_moved_text_waits_where_asked_for(model: PreTrainedModel, tokenizer:
         assert len(comm.anchors) == (anchors == "all")
 
 
+def test_text_of_other_prompts_waits_too_where_texts_are_computed_alone(comm: KVComm) -> None:
+    """What one prompt left behind knows another owner: it is no base to be used without anchors."""
+    ask(comm, "dora")
+    comm.prefill(" the old market waits slowly . the young river moves again . the small train sings loudly .")
+    assert [ask(comm, owner).report.fallback for owner in OWNERS[:3]] == ["learning"] * 3
+
+
 def test_anchors_off(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     comm = made(model, tokenizer, anchors="off")
     comm.prefill(CONTENT)
@@ -337,9 +345,9 @@ def test_a_pool_may_be_shared(asked: list[Question]) -> None:
     assert all(out.report.fallback != "learning" for _, out in right(two, asked[:6]))
 
 
-def test_lessons_are_the_longest_spans(comm: KVComm) -> None:
+def test_lessons_are_what_is_known_and_not_served(comm: KVComm) -> None:
     comm.prefill(CONTENT)
     (record,) = comm.index._records.values()
     segment = replace(record.segment, alone=True)
     known = [Span(100 * i, 100 * i + 20 + i, "boundary", segment, 0) for i in range(12)]
-    assert [s.tokens for s in comm._corrector.lessons(Plan.dense(1300, "learning"), known)] == [31, 30, 29, 28, 27, 26, 25, 24]
+    assert comm._corrector.lessons(Plan.dense(1300, "learning"), known, Who()) == known

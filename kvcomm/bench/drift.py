@@ -1,9 +1,9 @@
 """`kvcomm bench drift`: does reuse with anchors keep its quality and its rate while what is asked about changes?
 
-Documents are prefilled alone, without the header that each request puts in front of them, and asked about for a while; then
-others take their place, and the kind of document changes too. Every request is answered densely, shared, and shared without
-anchors (rotation and boundary alone). In the middle the shared engine is lost: a new one has an empty store, and of the anchors
-what was last committed to the disk.
+Documents are prefilled alone, without the headers that requests put in front of them (half of the requests name other owners
+there, which changes what is true), and asked about for a while; then others take their place, and the kind of document changes.
+Every request is answered densely, shared, and shared without anchors (rotation and boundary alone). In the middle the shared
+engine is lost: a new one has an empty store, and of the anchors what was last committed to the disk.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ def questions(requests: int, documents: int, renew: int, rng: random.Random) -> 
             new = tasks.make_world(rng, domain, documents, fillers=(18, 26), explicit=0.4)
             alive = [*alive, new][-ALIVE:]
         world, (role, style) = rng.choice(alive), agents[i % AGENTS]
+        if rng.random() < 0.5:
+            world = renamed(world, rng)
         item = tasks.ask(rng, world, style)
         texts = world.documents(rng)
         messages = [
@@ -84,6 +86,23 @@ def questions(requests: int, documents: int, renew: int, rng: random.Random) -> 
             {"role": "user", "content": tasks.user_text(texts, [], [item])},
         ]
         yield Question(role, messages, item, [" " + text.partition(" : ")[2] for text in texts])
+
+
+def renamed(world: tasks.World, rng: random.Random) -> tasks.World:
+    """The same contents behind headers that name other owners; what else names an owner stays as it is."""
+    old = [text.split(" :")[0].split()[-1] for bundle in world.bundles for text in bundle[:1]]
+    inside = " ".join(text.partition(" : ")[2] for text in world.documents()).split()
+    new = dict(zip(old, rng.sample([o for o in world.domain.owners if o not in {*old, *inside}], len(old)), strict=True))
+    out = replace(world, facts={}, binding={}, bundles=[], memos={}, asked=set())
+    for (owner, attribute), value in world.facts.items():
+        named = owner not in new or world.binding[owner, attribute] != "header"
+        key = (owner if named else new[owner], attribute)
+        out.facts[key], out.binding[key] = value, world.binding[owner, attribute]
+    for first, *rest in world.bundles:
+        header, _, content = first.partition(" : ")
+        name = header.split()[-1]
+        out.bundles.append([f"{header.removesuffix(name)}{new[name]} : {content}", *rest])
+    return out
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from kvcomm.errors import InputError
 from kvcomm.report import document, dumps, write_json
 from kvcomm.segments import ReuseReport, Segment, SegmentKV
 
-__all__ = ["add_arguments", "measure", "random_model", "run"]
+__all__ = ["VOCABULARY", "add_arguments", "first_token", "measure", "random_model", "run"]
 
 ARMS = ("dense", "prefix_cache", "shared", "exact_hit")
 BLOCKS = (1024, 512)  # tokens per forward that the prefix-cache arm tries, besides all at once
@@ -208,7 +208,7 @@ class Arms:
     def shared(self) -> float:
         comm = self.known.engine()
         with comm.attach():
-            ms = _first_token(self.known.backend, self.ids)
+            ms = first_token(self.known.backend, self.ids)
         self.reports.append(comm.reports[-1])
         return ms
 
@@ -217,7 +217,7 @@ class Arms:
 
     def _held(self, tokens: int, block: int | None = None) -> float:
         self.place.set_length(tokens)
-        return _first_token(self.known.backend, self.ids, self.place, block)
+        return first_token(self.known.backend, self.ids, self.place, block)
 
 
 @torch.no_grad()
@@ -263,7 +263,7 @@ def _numbers(times: dict[str, list[float]], arms: Arms) -> dict[str, Any]:
     }
 
 
-def _first_token(backend: HFBackend, ids: torch.Tensor, cache: SpanCache | None = None, block: int | None = None) -> float:
+def first_token(backend: HFBackend, ids: torch.Tensor, cache: SpanCache | None = None, block: int | None = None) -> float:
     """Milliseconds from the call to the first token's logits. Behind what `cache` holds, `block` tokens at most per forward."""
     model: Any = backend.model  # transformers leaves `generate` loosely typed
     options = {} if cache is None else {"past_key_values": cache}

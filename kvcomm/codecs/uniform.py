@@ -44,20 +44,24 @@ def restore(parts: Mapping[str, Tensor], shape: Shape, bits: int) -> Tensor:
 
 
 def fit(x: Tensor, blocks: Shape, bits: int, share: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The rest of `x` without the elements kept apart; the parts that hold these and every block's low and step.
+    """The rest of `x` without the elements kept apart; the parts that hold these and every block's low and step."""
+    apart, rest = _outliers(x, blocks, share) if share else ({}, x)
+    lowest, largest = _blocked(rest, blocks).aminmax(dim=-1)
+    low = -_up(-lowest)
+    return rest, {**apart, "low": low, "step": _up((largest - low.float()) / _levels(bits))}
 
-    Kept apart are the elements farthest from their block's median, in units of the block's mean distance: a channel that is
-    large as a whole has no outliers, an element that stands out of its channel is one.
+
+def _outliers(x: Tensor, blocks: Shape, share: float) -> tuple[dict[str, Tensor], Tensor]:
+    """The parts that hold the elements farthest from their block's median, in units of the block's mean distance; the rest.
+
+    A channel that is large as a whole has no outliers, an element that stands out of its channel is one.
     """
     shape = shape_of(x)
     median = _spread(_blocked(x, blocks).median(dim=-1).values, shape)
     distance = (x - median).abs()
     usual = _spread(_blocked(distance, blocks).mean(dim=-1), shape)
     apart = highest((distance / usual).nan_to_num(nan=0.0), share)  # 0 / 0: a constant block has no outliers
-    rest = replaced(x, apart, median)
-    lowest, largest = _blocked(rest, blocks).aminmax(dim=-1)
-    low = -_up(-lowest)
-    return rest, {**keep_apart(x, apart), "low": low, "step": _up((largest - low.float()) / _levels(bits))}
+    return keep_apart(x, apart), replaced(x, apart, median)
 
 
 def scales(parts: Mapping[str, Tensor], shape: Shape) -> tuple[Tensor, Tensor]:

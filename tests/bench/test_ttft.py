@@ -98,7 +98,7 @@ def test_the_fastest_way_to_prefill_is_taken(monkeypatch: pytest.MonkeyPatch) ->
         return {90: 3.0, 50: 1.0, 20: 2.0}.get(block or 0, 5.0)
 
     monkeypatch.setattr(ttft, "BLOCKS", (200, 50, 20))
-    monkeypatch.setattr(ttft, "_first_token", fake)
+    monkeypatch.setattr(ttft, "first_token", fake)
     monkeypatch.setattr(arms, "shared", lambda: 5.0)
     arms.warm_up()
     assert arms.block == 50

@@ -1,0 +1,97 @@
+"""Whether an assembled prompt can be trusted: the start of its answer is drafted, what the draft leans on is computed again.
+
+    prompt   | known |a| known |a|a| R R R |     R: to be recomputed anyway      a: the reused tokens most attended to
+    1st pass                         R R R | d d d      the draft, greedy, a token at a time
+    2nd pass          a         a a      L | d d d      L: the last token; same rows, but now `a` is exact
+
+If the distributions behind L and the drafted tokens stay what they were, reuse changed nothing that the answer looks at. The
+first token alone tells little: most answers begin the same whatever they go on to say. Knows no plans and no thresholds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvcomm.backends.base import Backend
+    from kvcomm.backends.span_cache import SpanCache
+
+__all__ = ["DraftCheck", "check"]
+
+
+@dataclass(frozen=True)
+class DraftCheck:
+    """What came of it."""
+
+    kl: float  # nats, >= 0: of the second distributions against the first, the largest over the draft; inf if not a number
+    margin: float  # between the two likeliest tokens, probability: the least over the draft, before the second pass
+    again: tuple[int, ...]  # positions of the prompt computed again, ascending
+    draft: tuple[int, ...]  # token ids
+    rows: int  # tokens that went through the model, in all passes
+    ms: float  # of both passes and the draft, the recomputing that the prompt needed anyway included
+
+
+@torch.no_grad()
+def check(
+    backend: Backend,
+    cache: SpanCache,
+    ids: Tensor,  # [1, N]
+    recompute: Tensor,  # [r] int64, as in `Backend.arm`
+    approximate: Tensor,  # [a] int64: positions whose K/V in the cache may be wrong; exact prefixes and `recompute` are not
+    *,
+    tokens: int = 8,  # of `approximate`, that are computed again
+    draft: int = 8,  # tokens, at most
+    stop: Collection[int] = (),  # ids that end an answer
+) -> DraftCheck:
+    """Runs the pass over a filled cache and checks it. Afterwards all N tokens are cached, those of `again` exactly as far as
+    what they see is exact: `arm` the cache with the last token alone and go on, or throw it away and go dense. The cache grows
+    where N + `draft` tokens do not fit. Raises CacheFault as `Backend.look` does.
+    """
+    began = perf_counter()
+    first = backend.look(cache, ids, recompute)
+    logits, attention, rows = [first.logits[-1]], first.attention, len(recompute)
+    drafted = [int(logits[-1].argmax())]
+    prompt = ids.shape[1]
+    while len(drafted) < draft and drafted[-1] not in stop and backend.same_tables(prompt, prompt + len(drafted)):
+        longer = _behind(ids, drafted)
+        step = backend.look(cache, longer, torch.tensor([longer.shape[1] - 1]))
+        logits.append(step.logits[-1])
+        attention = attention + step.attention[:prompt]
+        drafted.append(int(logits[-1].argmax()))
+        rows += 1
+    before = torch.stack(logits).float().log_softmax(-1)  # [drafted, vocabulary]: what each drafted token was chosen from
+    likeliest = before.exp().topk(2, dim=-1).values
+    again = _most(attention, approximate, tokens)
+    kl = 0.0
+    if len(again):
+        longer = _behind(ids, drafted[:-1])
+        seen = torch.cat([again, torch.arange(prompt - 1, longer.shape[1])])
+        after = backend.look(cache, longer, seen, len(drafted)).logits.float().log_softmax(-1)
+        kl = float((after.exp() * (after - before)).sum(-1).max().clamp_min(0))
+        rows += len(seen)
+    return DraftCheck(
+        kl=kl if math.isfinite(kl) else math.inf,
+        margin=float((likeliest[:, 0] - likeliest[:, 1]).min()),
+        again=tuple(again.tolist()),
+        draft=tuple(drafted),
+        rows=rows,
+        ms=(perf_counter() - began) * 1e3,
+    )
+
+
+def _behind(ids: Tensor, drafted: list[int]) -> Tensor:
+    """[1, N + drafted]"""
+    return torch.cat([ids, ids.new_tensor([drafted])], dim=1)
+
+
+def _most(attention: Tensor, among: Tensor, count: int) -> Tensor:
+    """The `count` positions of `among` with most attention, ascending."""
+    best = attention.cpu()[among].topk(min(count, len(among))).indices
+    return among[best].sort().values

@@ -28,7 +28,7 @@ class Nearness:
 
 
 class Nearby:
-    """Follows what estimators learn, and estimates nothing. Keeps the newest `limit` anchors of a slot, as many as the paper."""
+    """Follows what estimators learn and estimates nothing. Keeps the newest `limit` anchors of a slot, as many as the paper."""
 
     name = "nearby"
 

@@ -55,40 +55,53 @@ def check(
     where N + `draft` tokens do not fit. Raises CacheFault as `Backend.look` does.
     """
     began = perf_counter()
-    first = backend.look(cache, ids, recompute)
-    logits, attention, rows = [first.logits[-1]], first.attention, len(recompute)
-    drafted = [int(logits[-1].argmax())]
-    prompt = ids.shape[1]
-    while len(drafted) < draft and drafted[-1] not in stop and backend.same_tables(prompt, prompt + len(drafted)):
-        longer = _behind(ids, drafted)
-        step = backend.look(cache, longer, torch.tensor([longer.shape[1] - 1]))
-        logits.append(step.logits[-1])
-        attention = attention + step.attention[:prompt]
-        drafted.append(int(logits[-1].argmax()))
-        rows += 1
-    before = torch.stack(logits).float().log_softmax(-1)  # [drafted, vocabulary]: what each drafted token was chosen from
+    drafted = _draft(backend, cache, ids, recompute, draft, stop)
+    before = torch.stack(drafted.logits).float().log_softmax(-1)  # [drafted, vocabulary]
     likeliest = before.exp().topk(2, dim=-1).values
-    again = _most(attention, approximate, tokens)
-    kl = 0.0
+    again = _most(drafted.attention, approximate, tokens)
+    kl, rows = 0.0, len(recompute) + len(drafted.tokens) - 1
     if len(again):
-        longer = _behind(ids, drafted[:-1])
-        seen = torch.cat([again, torch.arange(prompt - 1, longer.shape[1])])
-        after = backend.look(cache, longer, seen, len(drafted)).logits.float().log_softmax(-1)
+        longer = _behind(ids, drafted.tokens[:-1])
+        seen = torch.cat([again, torch.arange(ids.shape[1] - 1, longer.shape[1])])
+        after = backend.look(cache, longer, seen, len(drafted.tokens)).logits.float().log_softmax(-1)
         kl = float((after.exp() * (after - before)).sum(-1).max().clamp_min(0))
         rows += len(seen)
     return DraftCheck(
         kl=kl if math.isfinite(kl) else math.inf,
         margin=float((likeliest[:, 0] - likeliest[:, 1]).min()),
         again=tuple(again.tolist()),
-        draft=tuple(drafted),
+        draft=tuple(drafted.tokens),
         rows=rows,
         ms=(perf_counter() - began) * 1e3,
     )
 
 
-def _behind(ids: Tensor, drafted: list[int]) -> Tensor:
-    """[1, N + drafted]"""
-    return torch.cat([ids, ids.new_tensor([drafted])], dim=1)
+@dataclass(frozen=True, eq=False)
+class _Draft:
+    """The first tokens of an answer, and what they were chosen from."""
+
+    tokens: list[int]
+    logits: list[Tensor]  # per token [vocabulary]
+    attention: Tensor  # float32 [N]: of the last prompt token and of all drafted ones but the last, summed
+
+
+def _draft(backend: Backend, cache: SpanCache, ids: Tensor, recompute: Tensor, count: int, stop: Collection[int]) -> _Draft:
+    """The pass, then one token after the other, as long as rotary tables stay those of the prompt."""
+    prompt, first = ids.shape[1], backend.look(cache, ids, recompute)
+    logits, attention = [first.logits[-1]], first.attention
+    tokens = [int(logits[-1].argmax())]
+    while len(tokens) < count and tokens[-1] not in stop and backend.same_tables(prompt, prompt + len(tokens)):
+        longer = _behind(ids, tokens)
+        step = backend.look(cache, longer, torch.tensor([longer.shape[1] - 1]))
+        logits.append(step.logits[-1])
+        attention = attention + step.attention[:prompt]
+        tokens.append(int(logits[-1].argmax()))
+    return _Draft(tokens, logits, attention)
+
+
+def _behind(ids: Tensor, tokens: list[int]) -> Tensor:
+    """[1, N + tokens]"""
+    return torch.cat([ids, ids.new_tensor([tokens])], dim=1)
 
 
 def _most(attention: Tensor, among: Tensor, count: int) -> Tensor:

@@ -20,7 +20,7 @@ from kvcomm.bench.fidelity.cases import Case, case, templates
 from kvcomm.bench.fidelity.early import Early
 from kvcomm.bench.fidelity.methods import Method
 from kvcomm.bench.fidelity.nearby import Nearby
-from kvcomm.bench.fidelity.signs import About, read
+from kvcomm.bench.fidelity.signs import About, Read, read
 from kvcomm.codecs import codec
 from kvcomm.codecs.base import pack
 from kvcomm.errors import InputError
@@ -148,7 +148,7 @@ def test_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_without_unsafe_requests_there_is_no_auc() -> None:
     """Rows of a method that never fails, printed too."""
-    safe = [predictors.Read(False, True, {"draft-kl": x}) for x in (0.0, 1.0)]
+    safe = [Read(False, True, {"draft-kl": x}) for x in (0.0, 1.0)]
     (row,) = predictors.rows("dense", safe)
     assert (row["auc"], row["auc_low"], row["unsafe_rate"]) == (None, None, 0)
     assert "draft-kl" in predictors.table({"predictors": [row], "requests": 2})

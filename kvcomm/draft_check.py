@@ -47,7 +47,7 @@ def check(
     approximate: Tensor,  # [a] int64: positions whose K/V in the cache may be wrong; exact prefixes and `recompute` are not
     *,
     tokens: int = 8,  # of `approximate`, that are computed again
-    draft: int = 8,  # tokens, at most
+    draft: int = 16,  # tokens, at most: the check sees no further
     stop: Collection[int] = (),  # ids that end an answer
 ) -> DraftCheck:
     """Runs the pass over a filled cache and checks it. Afterwards all N tokens are cached, those of `again` exactly as far as

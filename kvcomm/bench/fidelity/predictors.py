@@ -30,7 +30,7 @@ from kvcomm.tiny import FOLDER
 
 __all__ = ["METHODS", "add_arguments", "measure", "run"]
 
-METHODS = ("rotate", "boundary:2", "paper", "knn", "select+refresh:0.02")
+METHODS = ("boundary:2", "paper", "knn", "select+refresh:0.02")
 KEPT = (0.5, 0.7, 0.9)
 
 

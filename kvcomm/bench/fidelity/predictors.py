@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from kvcomm.backends.loading import load
 from kvcomm.bench.fidelity.cases import BASES, case, templates
-from kvcomm.bench.fidelity.command import CLASSES, learn
 from kvcomm.bench.fidelity.early import Early
 from kvcomm.bench.fidelity.methods import Method
 from kvcomm.bench.fidelity.nearby import Nearby
 from kvcomm.bench.fidelity.ranking import auc, auc_interval, kept_accuracy
 from kvcomm.bench.fidelity.signs import Read, about, read
+from kvcomm.bench.fidelity.trial import CLASSES, learn
 from kvcomm.codecs import codec
 from kvcomm.errors import InputError
 from kvcomm.estimators.catalogue import make

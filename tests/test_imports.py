@@ -26,7 +26,7 @@ LAYERS = (
     ("guard", "metrics", "policy"),
     ("who",),
     ("backends", "call", "request"),
-    ("correcting", "learning"),
+    ("correcting", "draft_check", "learning"),
     ("engine",),
     ("connectors", "replay", "wire"),
     ("agents",),

@@ -86,6 +86,22 @@ def test_reuse_and_compute_are_counted(backend: HFBackend, make: Make) -> None:
     assert blend.compute == pytest.approx((1 - blend.reused) + blend.reused / 6), "one full layer of six to choose by"
 
 
+def test_the_draft_check_goes_dense_or_repairs(backend: HFBackend, make: Make) -> None:
+    """Above its threshold the answer is dense's own and nothing counts as reused; below it eight tokens more are computed."""
+    asked, early = make("isolated"), Early(backend)
+    rotate = serve(backend, asked, Method.parse("rotate"), {}, early)
+    dense = serve(backend, asked, Method.parse("rotate+draft:0"), {}, early)
+    assert (dense.went_dense, dense.right, dense.reused) == (True, asked.dense_right, 0)
+    assert dense.kl == pytest.approx(0, abs=1e-5)
+    kept = serve(backend, asked, Method.parse("rotate+draft:inf"), {}, early)
+    assert not kept.went_dense
+    tokens = len(asked.ids)
+    assert rotate.reused - kept.reused == pytest.approx(8 / tokens)
+    assert dense.compute == pytest.approx(kept.compute + (tokens - 1) / tokens)
+    assert kept.compute > rotate.compute + 8 / tokens, "drafted tokens are computed, too"
+    assert list(kept.ms) == ["rotate", "estimate", "choose", "check", "pass"]
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_pieces_are_the_prompts_text(backend: HFBackend, make: Make, base: Base) -> None:
     asked = make(base)
@@ -107,7 +123,7 @@ def test_early_layers_are_the_dense_runs(backend: HFBackend, make: Make) -> None
     assert torch.allclose(values, asked.kv.values[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["", "rotat", "boundary:x", "boundary", "ridge+refresh", "ours"])
+@pytest.mark.parametrize("name", ["", "rotat", "boundary:x", "boundary", "ridge+refresh", "rotate+draft", "ours"])
 def test_unknown_methods_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="a method is made of"):
         Method.parse(name)

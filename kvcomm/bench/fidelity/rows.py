@@ -60,6 +60,7 @@ def _rows(trial: Trial, name: str) -> list[dict[str, Any]]:
                 "token_reuse_rate": fmean(o.reused for o in outcomes),
                 "compute_share": fmean(o.compute for o in outcomes),
                 "declined_rate": fmean(o.declined for o in outcomes),
+                "went_dense_rate": fmean(o.went_dense for o in outcomes),
                 "ttft_ms": median(sum(o.ms.values()) for o in outcomes),
                 "split_ms": {part: median(o.ms[part] for o in outcomes) for part in outcomes[0].ms},
                 "dense_ms": None,

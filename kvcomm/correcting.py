@@ -92,7 +92,7 @@ class Corrector:
         if not self._waits(who.tenant, known) or any(span.rung != "exact" for span in plan.spans):
             return []
         served = {span.start for span in plan.spans}
-        return [span for span in known if span.start not in served]
+        return [span for span in known if span.start not in served and span.segment.key in self.store]
 
     def learn(self, ids: Ids, lessons: Sequence[Span], cache: SpanCache, who: Who) -> int:
         """Deposits an anchor for each lesson, of many the longest; `cache` holds their real KV. Returns how many were taken."""
@@ -132,15 +132,20 @@ class Corrector:
         return self.backend.plain(kv, span.offset, span.offset + span.tokens)
 
     def _corrected(self, plan: Plan, moved: Sequence[Span], estimates: Sequence[Estimate]) -> Corrected:
-        """Of what is not computed anyway, the share `refresh` of the prompt that is doubted most is computed again."""
+        """What is doubted far more than the least doubted tokens is computed again, unless it is anyway.
+
+        Few of all tokens depend on what stands in front of them in a way that anchors do not foresee; in dense text more do. So
+        the measure is the prompt's own lower decile, not a share of it.
+        """
         compute = np.zeros(plan.length, dtype=bool)
         compute[plan.recompute] = True
         doubt = np.zeros(plan.length, dtype=np.float32)
         for span, estimate in zip(moved, estimates, strict=True):
             doubt[span.start : span.end] = estimate.doubt.cpu().numpy()
         doubt[compute] = 0
-        most = np.argsort(-doubt, kind="stable")[: round(self.config.refresh * plan.length)]
-        compute[most[doubt[most] > 0]] = True
+        doubted = doubt[doubt > 0]
+        if len(doubted):
+            compute |= doubt > self.config.doubt * np.quantile(doubted, 0.1)
         served = {span.start: replace(span, rung="anchor") for span in moved}
         spans = tuple(served.get(span.start, span) for span in plan.spans)
         pairs = zip(moved, estimates, strict=True)

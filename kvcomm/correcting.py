@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from kvcomm.anchors.anchor import Anchor
 from kvcomm.anchors.pool import AnchorPool
@@ -22,6 +23,7 @@ from kvcomm.config import Config
 from kvcomm.errors import CacheFault
 from kvcomm.estimators.base import Estimate, Place
 from kvcomm.estimators.catalogue import make
+from kvcomm.estimators.doubt import far_above
 from kvcomm.estimators.pupils import Pupils
 from kvcomm.plain import PlainKV
 from kvcomm.segments import Ids, Plan, Span
@@ -132,22 +134,14 @@ class Corrector:
         return self.backend.plain(kv, span.offset, span.offset + span.tokens)
 
     def _corrected(self, plan: Plan, moved: Sequence[Span], estimates: Sequence[Estimate]) -> Corrected:
-        """What is doubted far more than the least doubted tokens is computed again, unless it is anyway.
-
-        Few of all tokens depend on what stands in front of them in a way that anchors do not foresee; in dense text more do. So
-        the measure is the prompt's own lower decile, not a share of it.
-        """
-        compute = np.zeros(plan.length, dtype=bool)
-        compute[plan.recompute] = True
-        doubt = np.zeros(plan.length, dtype=np.float32)
+        """What is doubted far more than other text of the prompt is computed again."""
+        doubt = torch.zeros(plan.length)
         for span, estimate in zip(moved, estimates, strict=True):
-            doubt[span.start : span.end] = estimate.doubt.cpu().numpy()
-        doubt[compute] = 0
-        doubted = doubt[doubt > 0]
-        if len(doubted):
-            compute |= doubt > self.config.doubt * np.quantile(doubted, 0.1)
+            doubt[span.start : span.end] = estimate.doubt.cpu()
+        doubt[torch.from_numpy(plan.recompute)] = 0
+        again = torch.nonzero(far_above(doubt, self.config.doubt)).flatten().numpy()
         served = {span.start: replace(span, rung="anchor") for span in moved}
         spans = tuple(served.get(span.start, span) for span in plan.spans)
         pairs = zip(moved, estimates, strict=True)
         deviations = tuple((span.start, e.deviation) for span, e in pairs if e.deviation is not None)
-        return Corrected(Plan(plan.length, spans, np.flatnonzero(compute)), deviations)
+        return Corrected(Plan(plan.length, spans, np.union1d(plan.recompute, again)), deviations)

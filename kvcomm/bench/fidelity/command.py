@@ -32,11 +32,13 @@ METHODS = (
     "dense naive rotate boundary:1 boundary:2 boundary:4 boundary:8 boundary:16 "
     "cacheblend:0.05 cacheblend:0.1 cacheblend:0.2 cacheblend:0.3 paper mean knn ridge ridge-shared edges "
     "paper+boundary:2 knn+boundary:2 ridge-shared+boundary:2 paper+residual:0.05 knn+refresh:0.05 ridge-shared+refresh:0.05 "
-    "select+refresh:0.02 select+refresh:0.03 select+refresh:0.05 select+refresh:0.1 "
+    "select+refresh:0.02 select+refresh:0.03 select+refresh:0.05 select+refresh:0.1 select+above:4 "
     "rotate+random:0.05 rotate+oracle:0.05"
 ).split()
-QUICK = "dense naive rotate boundary:2 boundary:8 cacheblend:0.1 paper mean ridge-shared select+refresh:0.05".split()
-SWEEP = "dense rotate boundary:8 cacheblend:0.05 paper knn+refresh:0.05 select+refresh:0.05".split()
+QUICK = (
+    "dense naive rotate boundary:2 boundary:8 cacheblend:0.1 paper mean ridge-shared select+refresh:0.05 select+above:4".split()
+)
+SWEEP = "dense rotate boundary:8 cacheblend:0.05 paper knn+refresh:0.05 select+refresh:0.05 select+above:4".split()
 CODEC = "dense knn+refresh:0.05 select+refresh:0.05".split()
 
 

@@ -22,11 +22,12 @@ from kvcomm.draft_check import DraftCheck, check
 from kvcomm.errors import InputError
 from kvcomm.estimators.base import Estimator, Place
 from kvcomm.estimators.catalogue import ESTIMATORS
+from kvcomm.estimators.doubt import far_above
 from kvcomm.plain import PlainKV
 
 __all__ = ["Method", "Outcome", "Ready", "assemble", "checked", "deviation", "score", "serve", "squared_error"]
 
-CHOICES = ("refresh", "residual", "cacheblend", "random", "oracle")
+CHOICES = ("above", "refresh", "residual", "cacheblend", "random", "oracle")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Method:
     estimator: str | None = None
     boundary: int = 0  # tokens computed again at the start of every piece
     chosen_by: str | None = None  # one of CHOICES
-    share: float = 0.0  # of the prompt's tokens, chosen so
+    share: float = 0.0  # of the prompt's tokens, chosen so; for "above", how many times the lower decile of doubts
     draft: float | None = None  # nats: the draft check's KL above which the prompt goes dense
 
     @classmethod
@@ -202,6 +203,9 @@ def _choose(case: Case, method: Method, cache: SpanCache, compute: Tensor, doubt
     if method.chosen_by is None:
         return 0
     number, layers = round(method.share * len(case.ids)), 0
+    if method.chosen_by == "above":
+        compute |= far_above(doubt.masked_fill(compute, 0), method.share)
+        return 0
     if method.chosen_by == "refresh":
         score = doubt.clone()
     elif method.chosen_by == "random":
@@ -211,8 +215,8 @@ def _choose(case: Case, method: Method, cache: SpanCache, compute: Tensor, doubt
         score = torch.stack([squared_error(cache, i, *kv) for i, kv in exact]).sum(0)
     else:
         score, layers = squared_error(cache, early.layer, *early.kv(case.ids)), early.layer
-    score[compute] = -1
-    score[: case.exact] = -1
+    score[compute] = 0
+    score[: case.exact] = 0
     best = score.topk(min(number, len(score))).indices
     compute[best[score[best] > 0]] = True
     return layers

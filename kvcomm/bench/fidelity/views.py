@@ -39,7 +39,7 @@ def family(name: str) -> str:
     if method.estimator == "paper":
         return "the paper"
     if method.estimator:
-        return "chosen by anchors" if method.chosen_by == "refresh" else "corrected from anchors"
+        return "chosen by anchors" if method.chosen_by in ("above", "refresh") else "corrected from anchors"
     if method.chosen_by:
         return "CacheBlend"
     return "boundary recompute" if method.boundary else "rotation or nothing"

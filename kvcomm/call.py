@@ -7,6 +7,7 @@ from contextlib import suppress
 from inspect import signature
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 __all__ = ["Call"]
@@ -32,6 +33,12 @@ class Call:
         """Token ids [rows, tokens], or whatever is in their place."""
         inputs = self.options.get("inputs")
         return self.options.get("input_ids") if inputs is None else inputs
+
+    def stop_ids(self, model: Any) -> list[int]:
+        """Token ids that end an answer, as `generate` will see them."""
+        config = self.options.get("generation_config") or model.generation_config
+        ids = self.options.get("eos_token_id", config.eos_token_id)
+        return [] if ids is None else [int(i) for i in np.atleast_1d(ids)]
 
     def untouched(self) -> Any:
         """The call as it was made."""

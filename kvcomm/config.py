@@ -26,10 +26,13 @@ class Config:
     closing: int = 16  # tokens recomputed at the end of the prompt
     max_recompute: float = 0.8  # share of the prompt; above it the request goes dense
     anchors: Anchors = "alone"  # moved text waits for anchors: of tenants that prefill texts alone, or always (all), or never
-    refresh: float = 0.05  # share of the prompt computed again where anchors doubt most, under rung anchor
+    doubt: float = 4.0  # under rung anchor, tokens doubted by more than this many times the lower decile are computed again
     explore: float = 0.02  # share of requests with text that waits which are computed densely, to learn from
+    draft_check: float = (
+        0.0  # nats; a request whose drafted answer changes by more goes dense (kvcomm.draft_check); 0: unchecked
+    )
     estimator: str = "select"  # one of kvcomm.estimators.catalogue
-    anchor_codec: str = "int8"  # how anchors are stored: a name of kvcomm.codecs
+    anchor_codec: str = "lowrank:8+int8"  # how anchors are stored: a name of kvcomm.codecs
     anchor_bytes: int = 256 << 20
     anchors_per_slot: int = 100  # a slot is an agent
     store_bytes: int = 4 << 30
@@ -55,7 +58,10 @@ class Config:
         }.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("max_recompute", "refresh", "explore"):
+        for name in ("doubt", "draft_check"):
+            if not getattr(self, name) >= 0.0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for name in ("max_recompute", "explore"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"{name} is {getattr(self, name)}; it is a share, 0 to 1")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from kvcomm.anchors.anchor import Anchor
 from kvcomm.anchors.pool import AnchorPool
@@ -22,6 +23,7 @@ from kvcomm.config import Config
 from kvcomm.errors import CacheFault
 from kvcomm.estimators.base import Estimate, Place
 from kvcomm.estimators.catalogue import make
+from kvcomm.estimators.doubt import far_above
 from kvcomm.estimators.pupils import Pupils
 from kvcomm.plain import PlainKV
 from kvcomm.segments import Ids, Plan, Span
@@ -92,7 +94,7 @@ class Corrector:
         if not self._waits(who.tenant, known) or any(span.rung != "exact" for span in plan.spans):
             return []
         served = {span.start for span in plan.spans}
-        return [span for span in known if span.start not in served]
+        return [span for span in known if span.start not in served and span.segment.key in self.store]
 
     def learn(self, ids: Ids, lessons: Sequence[Span], cache: SpanCache, who: Who) -> int:
         """Deposits an anchor for each lesson, of many the longest; `cache` holds their real KV. Returns how many were taken."""
@@ -132,17 +134,14 @@ class Corrector:
         return self.backend.plain(kv, span.offset, span.offset + span.tokens)
 
     def _corrected(self, plan: Plan, moved: Sequence[Span], estimates: Sequence[Estimate]) -> Corrected:
-        """Of what is not computed anyway, the share `refresh` of the prompt that is doubted most is computed again."""
-        compute = np.zeros(plan.length, dtype=bool)
-        compute[plan.recompute] = True
-        doubt = np.zeros(plan.length, dtype=np.float32)
+        """What is doubted far more than other text of the prompt is computed again."""
+        doubt = torch.zeros(plan.length)
         for span, estimate in zip(moved, estimates, strict=True):
-            doubt[span.start : span.end] = estimate.doubt.cpu().numpy()
-        doubt[compute] = 0
-        most = np.argsort(-doubt, kind="stable")[: round(self.config.refresh * plan.length)]
-        compute[most[doubt[most] > 0]] = True
+            doubt[span.start : span.end] = estimate.doubt.cpu()
+        doubt[torch.from_numpy(plan.recompute)] = 0
+        again = torch.nonzero(far_above(doubt, self.config.doubt)).flatten().numpy()
         served = {span.start: replace(span, rung="anchor") for span in moved}
         spans = tuple(served.get(span.start, span) for span in plan.spans)
         pairs = zip(moved, estimates, strict=True)
         deviations = tuple((span.start, e.deviation) for span, e in pairs if e.deviation is not None)
-        return Corrected(Plan(plan.length, spans, np.flatnonzero(compute)), deviations)
+        return Corrected(Plan(plan.length, spans, np.union1d(plan.recompute, again)), deviations)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from kvcomm.call import Call
 from kvcomm.codecs import codec
 from kvcomm.config import Config
 from kvcomm.correcting import Corrector
+from kvcomm.draft_check import check
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.learning import Learner
 from kvcomm.matching import Match, TextIndex
@@ -65,6 +66,10 @@ class Output:
 
 class _Poisoned(CacheFault):
     """The first logits were not numbers: some stored KV was not either."""
+
+
+class _Doubted(Exception):  # no fault: reuse was checked, and is given up for this request
+    """The drafted answer is not to be trusted."""
 
 
 class KVComm:
@@ -303,9 +308,10 @@ class KVComm:
         report = request.report(plan)
         started = perf_counter()
         try:
-            self._corrector.learn(request.ids, request.lessons, cache, request.who)
             who = request.who
-            self._learner.learn(request.ids, plan, cache, result, who.agent, who.tenant, request.lessons)
+            lessons = self._corrector.lessons(plan, request.known, who)
+            self._corrector.learn(request.ids, lessons, cache, who)
+            self._learner.learn(request.ids, plan, cache, result, who.agent, who.tenant, lessons)
             if isinstance(result, torch.Tensor):  # else the caller may hold the cache
                 self.backend.release(cache)
         except Exception as fault:  # noqa: BLE001  # learning is optional: the answer is already there
@@ -336,12 +342,12 @@ class KVComm:
         if self.config.anchors == "off":
             return plan
         corrected = self._corrector.correct(request.ids, plan, request.who)
-        if corrected is None:
-            plan = replace(make_plan(plan.length, matches, self.config, "exact"), fallback="learning")
+        if corrected is None or len(corrected.plan.recompute) > self.config.max_recompute * plan.length:
+            reason = "learning" if corrected is None else "too-much-recomputed"
+            plan = replace(make_plan(plan.length, matches, self.config, "exact"), fallback=plan.fallback or reason)
         else:
             plan, request.deviations = corrected.plan, corrected.deviations
-        moved = [Span(m.start, m.end, "boundary", m.segment, m.offset) for m in matches if not m.exact]
-        request.lessons = self._corrector.lessons(plan, moved, request.who)
+        request.known = [Span(m.start, m.end, "boundary", m.segment, m.offset) for m in matches if not m.exact]
         return plan
 
     def _matches(self, request: Request) -> list[Match]:
@@ -365,8 +371,11 @@ class KVComm:
         if plan.spans:
             cache = self.backend.cache(room)
             try:
-                self._assemble(request, plan, cache)
+                plan = self._assemble(request, plan, cache, call.stop_ids(self.backend.model))
                 return self._forward(request, plan, call, cache), cache, plan
+            except _Doubted as doubt:
+                self.backend.release(cache)
+                plan = Plan.dense(plan.length, f"draft-check: {doubt}")
             except CacheFault as fault:
                 self._count_fault("poisoned" if isinstance(fault, _Poisoned) else "assemble", fault)
                 for span in plan.spans:
@@ -376,8 +385,10 @@ class KVComm:
         request.assembled = perf_counter()
         return self._forward(request, plan, call, cache), cache, plan
 
-    def _assemble(self, request: Request, plan: Plan, cache: SpanCache) -> None:
-        """Raises CacheFault whatever goes wrong."""
+    def _assemble(self, request: Request, plan: Plan, cache: SpanCache, stop: Collection[int]) -> Plan:
+        """Returns the plan with what was computed on the way. Raises CacheFault whatever goes wrong, _Doubted where the draft
+        of an answer, ended by `stop`, does.
+        """
         stored: list[tuple[Span, SegmentKV]] = []
         try:
             for span in plan.spans:
@@ -388,12 +399,25 @@ class KVComm:
             self.backend.fill(cache, plan.length, stored, rotate=self.config.rung != "naive")
             for start, deviation in request.deviations:
                 self.backend.correct(cache, plan.length, start, deviation)
-            self.backend.arm(cache, torch.from_numpy(request.ids.astype(np.int64))[None], torch.from_numpy(plan.recompute))
-        except CacheFault:
+            ids, recompute = torch.from_numpy(request.ids.astype(np.int64))[None], torch.from_numpy(plan.recompute)
+            if self.config.draft_check and any(span.rung != "exact" for span in plan.spans):
+                plan, recompute = self._checked(plan, cache, ids, stop), recompute[-1:]
+            self.backend.arm(cache, ids, recompute)
+        except (CacheFault, _Doubted):
             raise
         except Exception as fault:
             raise CacheFault(f"assembling failed: {fault!r}") from fault
         request.assembled = perf_counter()
+        return plan
+
+    def _checked(self, plan: Plan, cache: SpanCache, ids: torch.Tensor, stop: Collection[int]) -> Plan:
+        """Runs the pass; `plan` with what the check has computed again as well."""
+        moved = np.concatenate([np.arange(span.start, span.end) for span in plan.spans if span.rung != "exact"])
+        approximate = torch.from_numpy(np.setdiff1d(moved, plan.recompute))
+        found = check(self.backend, cache, ids, torch.from_numpy(plan.recompute), approximate, stop=stop)
+        if not found.kl <= self.config.draft_check:
+            raise _Doubted(f"{found.kl:.3g} nats, above {self.config.draft_check:g}")
+        return replace(plan, recompute=np.union1d(plan.recompute, np.asarray(found.again, dtype=np.int64)))
 
     def _forward(self, request: Request, plan: Plan, call: Call, cache: SpanCache) -> Any:
         def first(logits: torch.Tensor) -> None:

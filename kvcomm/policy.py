@@ -26,6 +26,7 @@ FALLBACKS: Mapping[str, str] = MappingProxyType(
         "nothing-exact": "runs of the prompt are known, but the rule allows exact prefixes only and none of them is one",
         "nothing-left": "of every known run so much must be computed again that too little is left",
         "learning": "moved text waits for anchors: this request is computed, and learned from",
+        "draft-check": "the start of the answer changed when what it leans on was computed again",
         "too-much-recomputed": "the share of the prompt that must be computed exceeds max_recompute; no exact prefix is known",
     }
 )

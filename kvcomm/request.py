@@ -23,7 +23,7 @@ class Request:
     turn: float = field(default_factory=perf_counter)  # no other request runs any more
     ids: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     deviations: tuple[tuple[int, PlainKV], ...] = ()  # to be added to what is assembled, from a position on
-    lessons: list[Span] = field(default_factory=list)  # known spans that are computed for this request, to learn from
+    known: list[Span] = field(default_factory=list)  # text of the prompt that could be moved, whether it was or not
     matched: float | None = None
     planned: float | None = None
     estimated: float | None = None  # anchors had their say

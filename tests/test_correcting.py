@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvcomm.anchors import snapshot
 from kvcomm.anchors.pool import AnchorPool
 from kvcomm.bench.drift import Question, questions
+from kvcomm.call import Call
 from kvcomm.codecs import codec, unpack
 from kvcomm.config import Config
 from kvcomm.engine import KVComm, Output
@@ -175,7 +176,7 @@ def test_the_true_deviation_gives_the_dense_answer(comm: KVComm) -> None:
 
 
 def test_all_computed_again_is_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    comm = made(model, tokenizer, refresh=1.0)
+    comm = made(model, tokenizer, doubt=0.0)
     comm.prefill(CONTENT)
     comm._corrector._pupils = Known(lambda tenant, place: Estimate(None, torch.ones(len(place.ids))))  # type: ignore[assignment]
     for owner in OWNERS:
@@ -183,12 +184,13 @@ def test_all_computed_again_is_dense(model: PreTrainedModel, tokenizer: PreTrain
 
 
 def test_the_doubted_tokens_are_computed_again(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    comm = made(model, tokenizer, refresh=0.05, boundary=0, closing=1)
+    comm = made(model, tokenizer, doubt=2.0, boundary=0, closing=1)
     comm.prefill(CONTENT)
     doubted = (3, 7, 11)
 
     def doubt(tenant: str, place: Place) -> Estimate:
         marks = torch.zeros(len(place.ids))
+        marks[:] = 0.3
         marks[list(doubted)] = torch.tensor([1.0, 3.0, 2.0])
         return Estimate(None, marks)
 
@@ -198,7 +200,7 @@ def test_the_doubted_tokens_are_computed_again(model: PreTrainedModel, tokenizer
     comm.backend.arm = lambda cache, ids, recompute: (seen.append(recompute), arm(cache, ids, recompute))  # type: ignore[assignment, func-returns-value]
     span = ask(comm, "bob").report.spans[-1]
     again = [int(i) - span.start for i in seen[0] if span.start <= i < span.end]
-    assert again == list(doubted)[: round(0.05 * len(comm.encode(messages("bob"))))] == list(doubted)
+    assert again == list(doubted)
 
 
 def test_one_request_in_some_is_learned_from(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -241,7 +243,7 @@ def test_anchors_off(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     "wrong",
     [
         {"anchors": "some"},
-        {"refresh": 1.5},
+        {"doubt": -1.0},
         {"explore": -0.1},
         {"anchors_per_slot": 0},
         {"estimator": "best"},
@@ -253,6 +255,52 @@ def test_unusable_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         InputError, match=next(iter(wrong.values())) if isinstance(next(iter(wrong.values())), str) else "must|share"
     ):
         made(model, tokenizer, **wrong)
+
+
+# --- the draft check, as a rule ----------------------------------------------------------------------------------------------
+
+
+def test_a_doubted_draft_is_a_dense_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Not a fault, and nothing is forgotten: the text is there for the next request. What was computed is learned from."""
+    comm = made(model, tokenizer, draft_check=1e-9)
+    comm.prefill(CONTENT)
+    comm._corrector._pupils = Known(lambda tenant, place: Estimate(None, torch.zeros(len(place.ids))))  # type: ignore[assignment]
+    for owner in OWNERS[:2]:
+        out = ask(comm, owner)
+        assert out.report.fallback is not None
+        assert out.report.fallback.startswith("draft-check: ")
+        assert out.report.reused_tokens == 0
+        assert out.token_ids == plain(comm, owner)
+    assert comm.counters.total("faults") == 0
+    assert len(comm.anchors) == 2
+
+
+def test_a_draft_that_holds_is_served(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The same answer as without the check, a few more tokens computed; an exact prefix is not checked."""
+    answers = {}
+    for nats in (0.0, 1e9):
+        comm = made(model, tokenizer, draft_check=nats, doubt=0.0)
+        comm.prefill(CONTENT)
+        comm._corrector._pupils = Known(lambda tenant, place: Estimate(None, torch.zeros(len(place.ids))))  # type: ignore[assignment]
+        answers[nats] = ask(comm, "bob")
+        assert not answers[nats].report.fallback
+    assert answers[1e9].report.computed_tokens == answers[0.0].report.computed_tokens + 8
+    again = ask(comm, "bob").report
+    assert {span.rung for span in again.spans} >= {"exact"}
+
+
+def test_where_answers_end() -> None:
+    """By the call, by its generation config, by the model's; one id, several or none."""
+    model = tiny_random("llama", vocab_size=768)
+    model.generation_config.eos_token_id = 7
+
+    def stop(**options: Any) -> list[int]:
+        return Call(cast("Any", model).generate, (), options).stop_ids(model)
+
+    assert stop() == [7]
+    assert stop(eos_token_id=[1, 2]) == [1, 2]
+    assert stop(generation_config=GenerationConfig(eos_token_id=3)) == [3]
+    assert stop(generation_config=GenerationConfig()) == []
 
 
 # --- faults ------------------------------------------------------------------------------------------------------------------

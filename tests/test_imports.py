@@ -18,7 +18,7 @@ ROOT = Path(kvcomm.__file__).parent
 LAYERS = (
     ("_version", "errors", "segments"),
     ("config",),
-    ("answers", "fingerprint", "matching", "plain", "report", "rope"),
+    ("answers", "fingerprint", "matching", "page", "plain", "report", "rope"),
     ("codecs",),
     ("anchors",),
     ("estimators",),
@@ -26,7 +26,7 @@ LAYERS = (
     ("guard", "metrics", "policy"),
     ("who",),
     ("backends", "call", "request"),
-    ("correcting", "learning"),
+    ("correcting", "draft_check", "learning"),
     ("engine",),
     ("connectors", "replay", "wire"),
     ("agents",),

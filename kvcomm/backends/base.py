@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
     from kvcomm.plain import PlainKV
     from kvcomm.segments import Ids, SegmentKV, Span
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "Look"]
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What a pass says besides the last token's logits."""
+
+    logits: Tensor  # [last, vocabulary], of the tokens that were asked for
+    attention: Tensor  # float32 [N]: what the last token attends to, mean over layers and heads
 
 
 class Backend(Protocol):
@@ -86,6 +95,13 @@ class Backend(Protocol):
 
     def run(self, cache: SpanCache, ids: Tensor, recompute: Tensor) -> Tensor:
         """`arm`, then the pass without generate: the last token's logits [vocabulary]. The cache then holds all N tokens."""
+        ...
+
+    def look(self, cache: SpanCache, ids: Tensor, recompute: Tensor, last: int = 1) -> Look:
+        """As `run`, and tells more: the logits of the last `last` tokens, all of them in `recompute`, and what the last one
+        attends to. `ids` may go on behind what was looked at before: so an answer is drafted; `arm` with the prompt alone
+        takes that back. Raises CacheFault as `arm` does, and where this model's attention cannot be watched.
+        """
         ...
 
     def read(self, cache: SpanCache, start: int, end: int, length: int) -> SegmentKV:

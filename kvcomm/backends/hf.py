@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvcomm.backends import grouped
+from kvcomm.backends import grouped, watched
+from kvcomm.backends.base import Look
 from kvcomm.backends.one_pass import OnePass
 from kvcomm.backends.pre_rope import correct, plain
 from kvcomm.backends.probe import probe
 from kvcomm.backends.refusal import refusal
 from kvcomm.backends.span_cache import BufferPool, SpanCache
+from kvcomm.backends.watched import Witness
 from kvcomm.errors import CacheFault
 from kvcomm.fingerprint import Watch, fingerprint
 from kvcomm.plain import PlainKV
@@ -45,6 +47,7 @@ class HFBackend:
         self._config = model.config.get_text_config(decoder=True)
         self._rotary: nn.Module = model.get_decoder().rotary_emb
         grouped.register()
+        watched.register()
         self._masked = grouped.NAME if grouped.fits(model) else "sdpa"
         self._watch = Watch(model)
         self._pool = BufferPool(self.shapes)
@@ -136,6 +139,11 @@ class HFBackend:
     # -- the pass -------------------------------------------------------------------------------------------------------
 
     def arm(self, cache: SpanCache, ids: Tensor, recompute: Tensor) -> None:
+        self._arm(cache, ids, recompute)
+
+    def _arm(
+        self, cache: SpanCache, ids: Tensor, recompute: Tensor, witness: Witness | None = None, keep: int | None = None
+    ) -> None:
         tokens = ids.shape[1]
         known = torch.zeros(tokens, dtype=torch.bool)
         for start, end in [(0, cache.get_seq_length()), *cache.filled]:
@@ -150,7 +158,8 @@ class HFBackend:
         device = self.model.device
         cache.set_length(tokens - 1)
         dtype = self.shapes[0].dtype
-        cache.armed = OnePass(self._config, cache, ids.to(device), recompute.to(device), dtype, self._masked)
+        ids, recompute = ids.to(device), recompute.to(device)
+        cache.armed = OnePass(self._config, cache, ids, recompute, dtype, self._masked, witness, keep)
         self._armed[threading.get_ident()] = cache
 
     @contextmanager
@@ -196,8 +205,20 @@ class HFBackend:
 
     @torch.no_grad()
     def run(self, cache: SpanCache, ids: Tensor, recompute: Tensor) -> Tensor:
-        self.arm(cache, ids, recompute)
+        self._arm(cache, ids, recompute)
+        return self._last_logits(cache, ids)[-1]
+
+    @torch.no_grad()
+    def look(self, cache: SpanCache, ids: Tensor, recompute: Tensor, last: int = 1) -> Look:
+        witness = Witness.of(self.model, self._config._attn_implementation)
+        if witness is None:
+            raise CacheFault(f"attention {self._config._attn_implementation!r} of this model cannot be watched")
+        self._arm(cache, ids, recompute, witness, last)
+        return Look(self._last_logits(cache, ids), witness.attention())
+
+    def _last_logits(self, cache: SpanCache, ids: Tensor) -> Tensor:
+        """The armed pass without generate: logits [tokens kept, vocabulary]."""
         with self.hooked():
             out = self.model(input_ids=ids[:, -1:].to(self.model.device), past_key_values=cache, use_cache=True)
-        last: Tensor = out.logits[0, -1]
-        return last
+        logits: Tensor = out.logits[0]
+        return logits

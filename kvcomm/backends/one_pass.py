@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvcomm.backends import watched
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -34,6 +36,8 @@ class OnePass:
     recompute: Tensor  # [r] int64, on the device of ids
     dtype: torch.dtype  # of the mask
     masked: str = "sdpa"  # attention that can mask by position, in place of sdpa and of those that cannot
+    witness: watched.Witness | None = None  # who is told what the last token attends to
+    keep: int | None = None  # tokens at the end whose logits are wanted; None: those that generate asks for
     rows: int = 1
     begun: bool = False
     swapped: str | None = None  # the attention to put back
@@ -41,8 +45,11 @@ class OnePass:
     @property
     def start(self) -> int:
         """The first recomputed token if all behind it are recomputed too, else -1: then the forward appends like any other.
-        -1 also where `masked` spares the copy of all keys per query head that several appended tokens cost under sdpa.
+        -1 also where `masked` spares the copy of all keys per query head that several appended tokens cost under sdpa, and
+        where somebody watches.
         """
+        if self.witness is not None:
+            return -1
         first, tokens = int(self.recompute[0]), self.ids.shape[1]
         grouped = self.config._attn_implementation == "sdpa" != self.masked and len(self.recompute) > 1
         return first if len(self.recompute) == tokens - first and not grouped else -1
@@ -60,7 +67,7 @@ class OnePass:
             "input_ids": torch.cat([self.ids[:, self.recompute[:-1]], new[:1]], dim=1),
             "position_ids": at[None],
             "attention_mask": None,
-            "logits_to_keep": new.shape[1],
+            "logits_to_keep": self.keep or new.shape[1],
         }
         if "cache_position" in kwargs:  # wanted by model code of older days
             out["cache_position"] = at
@@ -69,7 +76,10 @@ class OnePass:
             return out
         self.cache.set_length(total, at)
         attention = self.config._attn_implementation
-        if attention.startswith(("sdpa", "flash", "flex")):  # the last two cannot mask by position
+        if self.witness is not None:
+            out["witness"] = self.witness
+            self.swapped, self.config._attn_implementation = attention, watched.NAME
+        elif attention.startswith(("sdpa", "flash", "flex")):  # the last two cannot mask by position
             self.swapped, self.config._attn_implementation = attention, self.masked
         return {**out, "attention_mask": masks(self.config, at, total, self.dtype)}
 

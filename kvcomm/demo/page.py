@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from kvcomm.page import ms, percent, render
 
 __all__ = ["gain", "page", "terminal"]
 
@@ -35,7 +35,7 @@ def terminal(doc: dict[str, Any]) -> str:
             *_table(COLUMNS, rows),
         ]
         classes = [
-            (b, str(c["questions"]), *(_percent(c[f"accuracy_{arm}"]) for arm in ("dense", "shared", "rotate")))
+            (b, str(c["questions"]), *(percent(c[f"accuracy_{arm}"]) for arm in ("dense", "shared", "rotate")))
             for b, c in w["bindings"].items()
         ]
         lines += ["", *_table(("fact is bound by", "questions to all", "dense", "shared", "rotate only"), classes)]
@@ -46,24 +46,21 @@ def gain(doc: dict[str, Any]) -> str:
     """The one line that says what sharing was worth: every number in it is over the agents after the first."""
     a, later = doc["all"], doc["all"]["later_agents"]
     if not later["calls"]:
-        return f"one agent: nobody to share with; accuracy {_percent(a['accuracy_dense'])}"
+        return f"one agent: nobody to share with; accuracy {percent(a['accuracy_dense'])}"
     return (
-        f"agents 2 and later: {_percent(a['token_reuse_rate'])} of prompt tokens reused; "
-        f"time to first token {_ms(a['ttft_dense_ms'])} ms dense, "
-        f"{_ms(a['ttft_prefix_cache_ms'])} ms with an exact prefix cache, {_ms(a['ttft_shared_ms'])} ms shared: "
-        f"{_ms(a['ttft_dense_ms'] - a['ttft_shared_ms'])} ms saved per call; "
-        f"{_percent(later['answers_equal_to_dense'])} of answers equal to dense, "
-        f"accuracy {_percent(later['accuracy_dense'])} dense, {_percent(later['accuracy_shared'])} shared, "
-        f"{_percent(later['accuracy_rotate'])} with rotation alone"
+        f"agents 2 and later: {percent(a['token_reuse_rate'])} of prompt tokens reused; "
+        f"time to first token {ms(a['ttft_dense_ms'])} ms dense, "
+        f"{ms(a['ttft_prefix_cache_ms'])} ms with an exact prefix cache, {ms(a['ttft_shared_ms'])} ms shared: "
+        f"{ms(a['ttft_dense_ms'] - a['ttft_shared_ms'])} ms saved per call; "
+        f"{percent(later['answers_equal_to_dense'])} of answers equal to dense, "
+        f"accuracy {percent(later['accuracy_dense'])} dense, {percent(later['accuracy_shared'])} shared, "
+        f"{percent(later['accuracy_rotate'])} with rotation alone"
     )
 
 
 def page(doc: dict[str, Any]) -> str:
     """The page as HTML; nothing is loaded from elsewhere."""
-    source = (Path(__file__).parent / "demo.html").read_text(encoding="utf-8")
-    env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters.update(percent=_percent, ms=_ms)
-    return env.from_string(source).render(doc=doc, gain=gain(doc))
+    return render(Path(__file__).parent / "demo.html", doc=doc, gain=gain(doc))
 
 
 def _row(a: dict[str, Any]) -> tuple[str, ...]:
@@ -74,12 +71,12 @@ def _row(a: dict[str, Any]) -> tuple[str, ...]:
         f"{rungs['exact']:.0f}",
         f"{rungs['boundary']:.0f}",
         f"{rungs['dense']:.0f}",
-        _ms(a["ttft_dense_ms"]),
-        _ms(a["ttft_prefix_cache_ms"]),
-        _ms(a["ttft_shared_ms"]),
-        _percent(a["answers_equal_to_dense"]),
-        _percent(a["accuracy_dense"]),
-        _percent(a["accuracy_shared"]),
+        ms(a["ttft_dense_ms"]),
+        ms(a["ttft_prefix_cache_ms"]),
+        ms(a["ttft_shared_ms"]),
+        percent(a["answers_equal_to_dense"]),
+        percent(a["accuracy_dense"]),
+        percent(a["accuracy_shared"]),
     )
 
 
@@ -90,11 +87,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         for row in (head, *rows)
     ]
     return [f"  {line}" for line in (lines[0], "-" * len(lines[0]), *lines[1:])]
-
-
-def _percent(x: float | None) -> str:
-    return "-" if x is None else f"{100 * x:.1f} %"
-
-
-def _ms(x: float | None) -> str:
-    return "-" if x is None else f"{x:.1f}"

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from kvcomm.errors import InputError
 from kvcomm.estimators.base import Estimator
+from kvcomm.estimators.edges import Edges
 from kvcomm.estimators.fallback import Fallback
 from kvcomm.estimators.knn import Knn
 from kvcomm.estimators.mean import Mean
@@ -22,7 +23,15 @@ def _best() -> Estimator:
 
 
 ESTIMATORS: Mapping[str, Callable[[], Estimator]] = MappingProxyType(
-    {"paper": lambda: Paper(gamma=None), "mean": Mean, "knn": Knn, "ridge": Ridge, "ridge-shared": _best, "select": Select}
+    {
+        "paper": lambda: Paper(gamma=None),
+        "mean": Mean,
+        "knn": Knn,
+        "ridge": Ridge,
+        "ridge-shared": _best,
+        "select": Select,
+        "edges": lambda: Edges(Mean()),
+    }
 )
 """Fresh estimators. `paper` is without its gate and serves every request; in `ridge-shared` slots lean on each other."""
 

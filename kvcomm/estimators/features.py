@@ -72,7 +72,7 @@ class Seen:
 
     base: PlainKV
     token: Tensor  # [tokens, <= TOKEN_WIDTH]: K/V of the first layer, which has seen nothing else
-    places: Tensor  # [tokens, 20]
+    places: Tensor  # [tokens, <= 20]
     context: Tensor  # [<= context width]
 
     @property
@@ -90,14 +90,16 @@ class Sight:
     Sums are kept over narrow ones (`x`); what is found on them is widened once, so that estimating projects nothing.
     """
 
-    def __init__(self, width: int, context_width: int) -> None:
+    def __init__(self, width: int, context_width: int, places: int = len(_CENTRES)) -> None:
+        """`places`: how many of the position features, from the start of a segment on, are seen."""
+        self._places = places
         self._narrow, self._narrow_token = Projection(width), Projection(TOKEN_WIDTH)
         self._narrow_context = Projection(context_width)
 
     def see(self, base: PlainKV, context: Tensor, first: int = 0) -> Seen:
         """`first`: index of the run's first token in its segment."""
         device = base.keys[0].device
-        token, places = self._narrow_token(base.rows(0)), position_features(first, base.tokens, device)
+        token, places = self._narrow_token(base.rows(0)), position_features(first, base.tokens, device)[:, : self._places]
         return Seen(base, token, places, self.around(context.to(device)))
 
     def around(self, context: Tensor) -> Tensor:

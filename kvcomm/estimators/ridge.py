@@ -57,6 +57,7 @@ class Ridge:
         context_weight: float = 0.3,  # of a context feature against one of the base
         width: int = 256,  # features of the keys, and of the values, of a layer
         context_width: int = 256,
+        places: int = 20,  # position features, the first of them
         min_anchors: int = 5,
         growth: float = 1.25,  # solved again when the anchors that came or left are (growth - 1) of those it was solved for
     ) -> None:
@@ -65,7 +66,7 @@ class Ridge:
                 f"lam is {lam}, slot_lam {slot_lam}, context_weight {context_weight}: all must be positive; rank is {rank}, "
                 f"width {width}, context_width {context_width}, min_anchors {min_anchors}, growth {growth}: all at least 1"
             )
-        self._sight = Sight(width, context_width)
+        self._sight = Sight(width, context_width, places)
         rules = Rules(lam, slot_lam if share else None, rank, context_weight, min_anchors, growth)
         self._regressions = Regressions(rules, self._sight.widen)
         self._one = one

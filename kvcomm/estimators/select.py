@@ -16,6 +16,8 @@ from kvcomm.plain import PlainKV
 
 __all__ = ["Select"]
 
+PLACES = 6  # position features: where a segment begins; with more, what short texts taught would be worthless in long ones
+
 
 class Select:
     """The doubt of a ridge regression over the anchors of all slots, without its estimate. None below `min_anchors`.
@@ -27,7 +29,7 @@ class Select:
     name = "select"
 
     def __init__(self, min_anchors: int = 20, width: int = 64, keep_bytes: int = 128 << 20) -> None:
-        self._ridge = Ridge(width=width, context_width=width, min_anchors=min_anchors, one=True)
+        self._ridge = Ridge(width=width, context_width=width, places=PLACES, min_anchors=min_anchors, one=True)
         self._keep_bytes, self._bytes = keep_bytes, 0
         self._kept: OrderedDict[str, Glimpse] = OrderedDict()  # by key of a place, the one not used for longest first
 

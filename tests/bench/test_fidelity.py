@@ -1,12 +1,9 @@
-"""The fidelity benchmark's own gates: what must equal dense does, what must not does not, and its numbers add up."""
+"""The fidelity benchmark's own gates: what must equal dense does, what must not does not, and what is computed is counted."""
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,12 +11,12 @@ import torch
 from kvcomm.anchors.anchor import Anchor
 from kvcomm.backends.hf import HFBackend
 from kvcomm.backends.loading import load
-from kvcomm.bench.fidelity import command
 from kvcomm.bench.fidelity.cases import BASES, Base, Case, case, templates
 from kvcomm.bench.fidelity.early import Early
 from kvcomm.bench.fidelity.methods import Method, deviation, serve
 from kvcomm.errors import InputError
 from kvcomm.estimators.base import Estimate, Place
+from kvcomm.estimators.edges import Edges
 from kvcomm.plain import PlainKV
 from kvcomm.tiny import FOLDER
 from kvcomm.tiny.words import DOMAINS
@@ -79,11 +76,30 @@ def test_reuse_and_compute_are_counted(backend: HFBackend, make: Make) -> None:
     rotate = serve(backend, asked, Method.parse("rotate"), {}, early)
     assert rotate.reused == pytest.approx(1 - outside / len(asked.ids))
     assert rotate.compute == pytest.approx(1 - rotate.reused)
+    edges = serve(backend, asked, Method.parse("edges"), {"edges": Edges(Truth(backend, asked), 4)}, early)
+    assert (edges.reused, edges.compute) == (rotate.reused, rotate.compute), "nothing is computed inside a run"
+    assert 0 < edges.kl != rotate.kl
     boundary = serve(backend, asked, Method.parse("boundary:2"), {}, early)
     assert rotate.reused - boundary.reused == pytest.approx(2 * len(asked.pieces) / len(asked.ids))
     blend = serve(backend, asked, Method.parse("cacheblend:0.1"), {}, early)
     assert rotate.reused - blend.reused == pytest.approx(round(0.1 * len(asked.ids)) / len(asked.ids))
     assert blend.compute == pytest.approx((1 - blend.reused) + blend.reused / 6), "one full layer of six to choose by"
+
+
+def test_the_draft_check_goes_dense_or_repairs(backend: HFBackend, make: Make) -> None:
+    """Above its threshold the answer is dense's own and nothing counts as reused; below it eight tokens more are computed."""
+    asked, early = make("isolated"), Early(backend)
+    rotate = serve(backend, asked, Method.parse("rotate"), {}, early)
+    dense = serve(backend, asked, Method.parse("rotate+draft:0"), {}, early)
+    assert (dense.went_dense, dense.right, dense.reused) == (True, asked.dense_right, 0)
+    assert dense.kl == pytest.approx(0, abs=1e-5)
+    kept = serve(backend, asked, Method.parse("rotate+draft:inf"), {}, early)
+    assert not kept.went_dense
+    tokens = len(asked.ids)
+    assert rotate.reused - kept.reused == pytest.approx(8 / tokens)
+    assert dense.compute == pytest.approx(kept.compute + (tokens - 1) / tokens)
+    assert kept.compute > rotate.compute + 8 / tokens, "drafted tokens are computed, too"
+    assert list(kept.ms) == ["rotate", "estimate", "choose", "check", "pass"]
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -107,45 +123,7 @@ def test_early_layers_are_the_dense_runs(backend: HFBackend, make: Make) -> None
     assert torch.allclose(values, asked.kv.values[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["", "rotat", "boundary:x", "boundary", "ridge+refresh", "ours"])
+@pytest.mark.parametrize("name", ["", "rotat", "boundary:x", "boundary", "ridge+refresh", "rotate+draft", "ours"])
 def test_unknown_methods_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="a method is made of"):
         Method.parse(name)
-
-
-def arguments(*flags: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    for name, default in (("--format", "terminal"), ("--output", None)):
-        parser.add_argument(name, default=default)
-    return parser.parse_args([*flags], argparse.Namespace(quiet=True))
-
-
-def test_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    methods = ["dense", "rotate", "rotate+random:1", "select+refresh:0.1"]
-    sizes = ["--templates", "2", "--requests", "8", "--anchors", "4", "--documents", "3", "--fillers", "2", "6"]
-    args = arguments(*sizes, "--bases", "isolated", "--methods", *methods)
-    args.output = tmp_path
-    assert command.run(args) == 0
-    assert "select+refresh:0.1" in capsys.readouterr().out
-    doc: dict[str, Any] = command.measure(args)
-    rows = {r["name"]: r for r in doc["methods"] if r["binding"] == "all"}
-    assert list(rows) == methods
-    assert rows["dense"]["accuracy"] == rows["dense"]["dense_accuracy"] == rows["rotate+random:1"]["accuracy"] >= 0.9
-    assert rows["rotate"]["accuracy"] < rows["dense"]["accuracy"]
-    assert rows["select+refresh:0.1"]["bytes_per_anchor"] > 0
-    assert all(r["accuracy_low"] <= r["accuracy"] <= r["accuracy_high"] for r in rows.values())
-    assert all(r["dense_ms"] == rows["dense"]["ttft_ms"] > 0 for r in rows.values())
-    assert (tmp_path / "fidelity.json").exists()
-
-
-def test_too_few_requests_are_refused() -> None:
-    with pytest.raises(InputError, match="at least one request per template"):
-        command.measure(arguments("--templates", "4", "--requests", "3"))
-
-
-def test_intervals_are_wilsons() -> None:
-    """Against the published example of 0 of 10 and the symmetry of the interval."""
-    assert command.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
-    low, high = command.wilson(3, 10)
-    assert command.wilson(7, 10) == pytest.approx((1 - high, 1 - low))

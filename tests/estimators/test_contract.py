@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kvcomm.estimators import Estimate, Estimator, Fallback, Knn, Mean, Paper, Place, Ridge
+from kvcomm.estimators.edges import Edges
 from kvcomm.plain import PlainKV
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ MAKERS: dict[str, Callable[[], Estimator]] = {
     "ridge": lambda: Ridge(growth=1),
     "ridge-shared": lambda: Ridge(growth=1, share=True),
     "ridge>knn": lambda: Fallback(Ridge(growth=1), Knn()),
+    "edges:mean": lambda: Edges(Mean(), 4),
 }
 OURS = [name for name in MAKERS if name != "paper"]
 

@@ -61,7 +61,7 @@ def test_none_below_min_anchors_over_all_slots(world: World) -> None:
 
 def test_the_same_with_and_without_what_is_kept(world: World) -> None:
     """A base seen before is not asked for again, and the doubt behind a new context is that of a fresh ridge."""
-    select, ridge = Select(), Ridge(width=64, context_width=64, min_anchors=20, one=True)
+    select, ridge = Select(), Ridge(width=64, context_width=64, places=6, min_anchors=20, one=True)
     for _ in range(20):
         sample = world.sample(12)
         sample.teach(select)

@@ -1,7 +1,7 @@
 """Ways of reusing KV, by name: what corrects the base, and which tokens are computed again.
 
 A name is a base treatment and what is added to it, in any order: `rotate`, `boundary:2`, `cacheblend:0.1`, `ridge`,
-`knn+refresh:0.05`, `ridge+boundary:2`, `rotate+random:0.1`, `select+refresh:0.05`.
+`knn+refresh:0.05`, `ridge+boundary:2`, `rotate+random:0.1`, `select+refresh:0.05`, `select+refresh:0.03+draft:0.1`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +18,16 @@ from kvcomm.backends.hf import HFBackend
 from kvcomm.backends.span_cache import SpanCache
 from kvcomm.bench.fidelity.cases import Case
 from kvcomm.bench.fidelity.early import Early
+from kvcomm.draft_check import DraftCheck, check
 from kvcomm.errors import InputError
 from kvcomm.estimators.base import Estimator, Place
 from kvcomm.estimators.catalogue import ESTIMATORS
+from kvcomm.estimators.doubt import far_above
 from kvcomm.plain import PlainKV
 
-__all__ = ["Method", "Outcome", "deviation", "serve"]
+__all__ = ["Method", "Outcome", "Ready", "assemble", "checked", "deviation", "score", "serve", "squared_error"]
 
-CHOICES = ("refresh", "residual", "cacheblend", "random", "oracle")
+CHOICES = ("above", "refresh", "residual", "cacheblend", "random", "oracle")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Method:
     estimator: str | None = None
     boundary: int = 0  # tokens computed again at the start of every piece
     chosen_by: str | None = None  # one of CHOICES
-    share: float = 0.0  # of the prompt's tokens, chosen so
+    share: float = 0.0  # of the prompt's tokens, chosen so; for "above", how many times the lower decile of doubts
+    draft: float | None = None  # nats: the draft check's KL above which the prompt goes dense
 
     @classmethod
     def parse(cls, name: str) -> Method:
@@ -56,10 +60,13 @@ class Method:
                     made["estimator"] = word
                 elif word in CHOICES:
                     made |= {"chosen_by": word, "share": float(number)}
+                elif word == "draft":
+                    made["draft"] = float(number)
                 else:
                     raise ValueError
             except ValueError:
-                known = ("dense", "naive", "rotate", "boundary:<tokens>", *ESTIMATORS, *(f"{c}:<share>" for c in CHOICES))
+                known = ["dense", "naive", "rotate", "boundary:<tokens>", *ESTIMATORS, *(f"{c}:<share>" for c in CHOICES)]
+                known.append("draft:<nats>")
                 raise InputError(f"{part!r} in method {name!r} is unknown; a method is made of {', '.join(known)}") from None
         return cls(**made)  # type: ignore[arg-type]  # filled in by field name above
 
@@ -73,13 +80,60 @@ class Outcome:
     top1: float  # share of answer tokens with dense's first choice
     reused: float  # share of the prompt's tokens never computed in full
     compute: float  # share of a dense prefill's token-layers that were computed, check layers counted
-    ms: Mapping[str, float]  # rotate, estimate, choose, pass; their sum is the time to the first token
+    ms: Mapping[str, float]  # rotate, estimate, choose, check (if any), pass; their sum is the time to the first token
     declined: bool  # the estimator had no safe estimate for some piece, which was computed instead
+    went_dense: bool  # the draft check found that reuse changes the answer
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A prompt in its cache, before the pass."""
+
+    cache: SpanCache
+    recompute: Tensor  # [r] int64
+    approximate: Tensor  # [a] int64: what is reused and may be wrong
+    doubt: Tensor  # [tokens], the estimator's
+    declined: bool
+    layers: int  # computed for all tokens to choose by
+    clock: tuple[float, ...]  # seconds: begun, rotated, estimated, chosen
 
 
 @torch.no_grad()
 def serve(backend: HFBackend, case: Case, method: Method, estimators: Mapping[str, Estimator], early: Early) -> Outcome:
     """Serves `case`, then scores the answer token by token with dense's own answer fed in."""
+    ready = assemble(backend, case, method, estimators, early)
+    tokens, names, clock = len(case.ids), ["rotate", "estimate", "choose"], list(ready.clock)
+    now, spent, computed, dense = ready.recompute, 0, len(ready.recompute), method.dense
+    if method.draft is not None:
+        found = checked(backend, case, ready)
+        names.append("check")
+        clock.append(perf_counter())
+        dense = found.kl > method.draft
+        now, spent, computed = now[-1:], found.rows, tokens if dense else computed + len(found.again)
+    if dense:
+        ready.cache.reset()
+        logits, spent = _dense(backend, case, ready.cache), spent + tokens
+    else:
+        logits, spent = backend.run(ready.cache, _row(case), now), spent + len(now)
+    clock.append(perf_counter())
+    right, kl, top1 = score(backend, case, ready.cache, logits)
+    share = ready.layers / len(ready.cache.layers)
+    backend.release(ready.cache)
+    return Outcome(
+        right=right,
+        kl=kl,
+        top1=top1,
+        reused=1 - computed / tokens,
+        compute=spent / tokens + share * (1 - len(ready.recompute) / tokens),
+        ms={name: (b - a) * 1e3 for name, a, b in zip([*names, "pass"], clock, clock[1:], strict=False)},
+        declined=ready.declined,
+        went_dense=dense and not method.dense,
+    )
+
+
+@torch.no_grad()
+def assemble(backend: HFBackend, case: Case, method: Method, estimators: Mapping[str, Estimator], early: Early) -> Ready:
+    """Everything before the pass."""
     tokens = len(case.ids)
     cache = backend.cache(tokens + len(case.answer))
     compute = torch.ones(tokens, dtype=torch.bool)
@@ -98,27 +152,30 @@ def serve(backend: HFBackend, case: Case, method: Method, estimators: Mapping[st
     layers = _choose(case, method, cache, compute, doubt, early)
     compute[-1] = True
     clock.append(perf_counter())
-    recompute = torch.nonzero(compute).flatten()
-    if method.dense:
-        logits = _dense(backend, case, cache)
-    else:
-        logits = backend.run(cache, torch.from_numpy(case.ids).long()[None], recompute)
-    clock.append(perf_counter())
+    recompute, reused = (torch.nonzero(x).flatten() for x in (compute, ~compute))
+    return Ready(cache, recompute, reused[reused >= case.exact], doubt, declined, layers, tuple(clock))
+
+
+def checked(backend: HFBackend, case: Case, ready: Ready) -> DraftCheck:
+    """The draft check as a request would have it, drafting no further than generate would."""
+    config: Any = backend.model.generation_config
+    ends = config.eos_token_id
+    stop = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return check(backend, ready.cache, _row(case), ready.recompute, ready.approximate, stop=stop)
+
+
+def score(backend: HFBackend, case: Case, cache: SpanCache, logits: Tensor) -> tuple[bool, float, float]:
+    """Whether the answer is right, its KL against dense and its top-1, from the prompt's cache and last logits [vocabulary]."""
     scored = torch.cat([logits[None], _rest(backend, case, cache)])
-    backend.release(cache)
     want, got = case.logits.log_softmax(-1), scored.log_softmax(-1)
-    count = len(cache.layers)
-    share = len(recompute) / tokens
-    names = ("rotate", "estimate", "choose", "pass")
-    return Outcome(
-        right=scored.argmax(-1).tolist() == case.answer.tolist(),
-        kl=float((want.exp() * (want - got)).sum(-1).mean()),
-        top1=float((want.argmax(-1) == got.argmax(-1)).float().mean()),
-        reused=1 - share,
-        compute=share + layers / count * (1 - share),
-        ms={name: (b - a) * 1e3 for name, a, b in zip(names, clock, clock[1:], strict=False)},
-        declined=declined,
-    )
+    right: bool = scored.argmax(-1).tolist() == case.answer.tolist()
+    kl = float((want.exp() * (want - got)).sum(-1).mean())
+    return right, kl, float((want.argmax(-1) == got.argmax(-1)).float().mean())
+
+
+def _row(case: Case) -> Tensor:
+    """[1, tokens] int64"""
+    return torch.from_numpy(case.ids).long()[None]
 
 
 def _correct(
@@ -146,23 +203,26 @@ def _choose(case: Case, method: Method, cache: SpanCache, compute: Tensor, doubt
     if method.chosen_by is None:
         return 0
     number, layers = round(method.share * len(case.ids)), 0
+    if method.chosen_by == "above":
+        compute |= far_above(doubt.masked_fill(compute, 0), method.share)
+        return 0
     if method.chosen_by == "refresh":
         score = doubt.clone()
     elif method.chosen_by == "random":
         score = torch.rand(len(doubt), generator=torch.Generator().manual_seed(len(doubt)))
     elif method.chosen_by == "oracle":
         exact = enumerate(zip(case.kv.keys, case.kv.values, strict=True))
-        score = torch.stack([_error(cache, i, *kv) for i, kv in exact]).sum(0)
+        score = torch.stack([squared_error(cache, i, *kv) for i, kv in exact]).sum(0)
     else:
-        score, layers = _error(cache, early.layer, *early.kv(case.ids)), early.layer
-    score[compute] = -1
-    score[: case.exact] = -1
+        score, layers = squared_error(cache, early.layer, *early.kv(case.ids)), early.layer
+    score[compute] = 0
+    score[: case.exact] = 0
     best = score.topk(min(number, len(score))).indices
     compute[best[score[best] > 0]] = True
     return layers
 
 
-def _error(cache: SpanCache, layer: int, keys: Tensor, values: Tensor) -> Tensor:
+def squared_error(cache: SpanCache, layer: int, keys: Tensor, values: Tensor) -> Tensor:
     """Squared distance of what the cache holds of one layer from exact K/V [heads, tokens, dim]; [tokens]."""
     held, tokens = cache.layers[layer], keys.shape[1]
     return _distance(held.k[0, :, :tokens], keys) + _distance(held.v[0, :, :tokens], values)
@@ -175,9 +235,7 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 def _dense(backend: HFBackend, case: Case, cache: SpanCache) -> Tensor:
     with backend.hooked():
-        out = backend.model(
-            input_ids=torch.from_numpy(case.ids).long()[None], past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        out = backend.model(input_ids=_row(case), past_key_values=cache, use_cache=True, logits_to_keep=1)
     last: Tensor = out.logits[0, -1]
     return last
 

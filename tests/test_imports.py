@@ -58,7 +58,9 @@ OPTIONAL = {  # who may name a package that a bare install does not have, and th
     "agents": {"agents", "langchain_core", "langchain_huggingface", "langgraph", "smolagents"},
     "store": {"mooncake", "redis"},
 }
-WITH_THEM_ALONE = {("connectors", "_vllm"): {"vllm"}}  # private modules that derive from classes of such a package
+WITH_THEM_ALONE: dict[tuple[str, ...], set[str]] = {
+    ("connectors", "_vllm"): {"vllm"}
+}  # private modules that derive from classes of such a package
 
 
 def modules() -> list[tuple[str, ...]]:

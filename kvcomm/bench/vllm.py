@@ -155,6 +155,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 said[i] = arms.said
                 engine.ask([*prompt.ids, *prompt.answer], tenant, shared=True, new=2)
                 bar.update(repetition >= 0)
+    engine.llm.llm_engine.engine_core.shutdown()
     agents = [
         {
             "agent": i + 1,

@@ -174,3 +174,17 @@ def _counters(url: str) -> dict[str, float]:
                 name = parts[1] + (f"{{{ours[0]}}}" if ours else "")
                 found[name] = found.get(name, 0.0) + float(parts[3])
     return found
+
+
+@pytest.mark.parametrize(("example", "needs"), [("openai_client", "openai"), ("langgraph_supervisor", "langgraph")])
+def test_examples_with_real_clients(server: str, example: str, needs: str) -> None:
+    """Run as a person runs them; the agents behind the first find its text known."""
+    pytest.importorskip(needs)
+    script = Path(__file__).parents[2] / "examples" / "vllm" / f"{example}.py"
+    before = _counters(server)
+    env = {**os.environ, "OPENAI_BASE_URL": f"{server}/v1", "OPENAI_API_KEY": "none"}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "city of bob is oslo so note a is oslo ." in done.stdout
+    reused = {name: count - before.get(name, 0) for name, count in _counters(server).items() if "reused_tokens" in name}
+    assert sum(reused.values()) > 60

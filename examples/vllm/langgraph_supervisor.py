@@ -33,11 +33,11 @@ def agent(name: str) -> Callable[[State], State]:
     )
 
     def node(state: State) -> State:
-        heard = " ".join(state["said"])
+        text = " ".join([DOCUMENTS, *state["said"], f"questions : {QUESTIONS[name]}", CLOSING])
         answer = model.invoke(
             [
                 ("system", ROLE.format(name)),
-                ("human", f"{DOCUMENTS} {heard} questions : {QUESTIONS[name]} {CLOSING}"),
+                ("human", text),
             ]
         )
         details = answer.usage_metadata["input_token_details"] if answer.usage_metadata else {}

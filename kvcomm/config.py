@@ -32,7 +32,7 @@ class Config:
         0.0  # nats; a request whose drafted answer changes by more goes dense (kvcomm.draft_check); 0: unchecked
     )
     estimator: str = "select"  # one of kvcomm.estimators.catalogue
-    anchor_codec: str = "lowrank:8+int8"  # how anchors are stored: a name of kvcomm.codecs
+    anchor_codec: str = "lowrank:6+int8"  # how anchors are stored: a name of kvcomm.codecs
     anchor_bytes: int = 256 << 20
     anchors_per_slot: int = 100  # a slot is an agent
     store_bytes: int = 4 << 30

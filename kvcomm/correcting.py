@@ -55,7 +55,7 @@ class Corrector:
         self.backend, self.store, self.pool, self.config = backend, store, pool, config
         self._codec = codec(config.anchor_codec)
         make([config.estimator])
-        self._pupils = Pupils(backend.fingerprint, lambda: make([config.estimator])[config.estimator])
+        self._pupils = Pupils(lambda: backend.fingerprint, lambda: make([config.estimator])[config.estimator])
         self._waiting: set[str] = set()  # tenants whose moved text waits for anchors
         self._asked: Counter[str] = Counter()  # by tenant: requests that could be served with anchors
         pool.subscribe(self._pupils)

@@ -18,7 +18,7 @@ ROOT = Path(kvcomm.__file__).parent
 LAYERS = (
     ("_version", "errors", "segments"),
     ("config",),
-    ("answers", "fingerprint", "matching", "page", "plain", "report", "rope"),
+    ("answers", "fingerprint", "matching", "page", "plain", "plot", "report", "rope"),
     ("codecs",),
     ("anchors",),
     ("estimators",),

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="random:1024x12x16x8", metavar="SPEC", help="random:<hidden>x<layers>x<heads>x<kv_heads>"
     )
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--prefix", type=int, default=512, help="tokens in front of the first text, new in every prompt")
+    parser.add_argument("--prefix", type=int, default=512, help="tokens in front of the first text, the same in every prompt")
     parser.add_argument("--texts", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=512, help="of a text")
     parser.add_argument("--anchors", type=int, default=20)
@@ -55,6 +55,7 @@ class Reader:
 
     def __init__(self, backend: HFBackend, args: argparse.Namespace, estimator: str) -> None:
         self.backend, self.args, self.random = backend, args, random.Random(args.seed)
+        self.prefix = self._draw(args.prefix)
         self.comm = KVComm(backend, config=Config(estimator=estimator, anchors="all", explore=0.0))
 
     def texts(self) -> list[list[int]]:
@@ -69,8 +70,8 @@ class Reader:
         return out
 
     def prompt(self, texts: list[list[int]]) -> torch.Tensor:
-        """[1, tokens]: the texts in a new order behind a new prefix."""
-        ids = self._draw(self.args.prefix)
+        """[1, tokens]: the texts in a new order behind the agent's own prefix, with new headers."""
+        ids = list(self.prefix)
         for text in self.random.sample(texts, len(texts)):
             ids += [*self._draw(4), *text]
         return torch.tensor([[*ids, *self._draw(12)]])

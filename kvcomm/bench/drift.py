@@ -24,11 +24,13 @@ from kvcomm.backends.loading import load
 from kvcomm.config import Config
 from kvcomm.engine import KVComm, Output
 from kvcomm.errors import InputError
+from kvcomm.page import render
+from kvcomm.plot import Canvas, scale_x, scale_y
 from kvcomm.report import document, dumps, write_json
 from kvcomm.tiny import FOLDER, tasks
 from kvcomm.tiny.words import DOMAINS, ROLES, STYLES
 
-__all__ = ["add_arguments", "measure", "run"]
+__all__ = ["add_arguments", "measure", "page", "run"]
 
 ALIVE = 6  # sets of documents that are asked about at one time
 AGENTS = 4
@@ -179,6 +181,35 @@ def _row(end: int, done: list[dict[str, Answer]], shared: KVComm) -> dict[str, A
     }
 
 
+def page(doc: dict[str, Any]) -> str:
+    """Quality and reuse over time, as one HTML file."""
+    quality = {
+        "dense": ("accuracy_dense", "#1c2330"),
+        "shared": ("accuracy_shared", "#2f8f4e"),
+        "without anchors": ("accuracy_without_anchors", "#c0504d"),
+    }
+    reuse = {
+        "reused": ("token_reuse_rate", "#2f8f4e"),
+        "by anchors": ("anchor_rate", "#7a5cb8"),
+        "learned from": ("learning_rate", "#d98a1f"),
+    }
+    plots = [_over_time(doc, quality, "right answers"), _over_time(doc, reuse, "share of tokens, of requests")]
+    return render(Path(__file__).with_name("drift.html"), doc=doc, plots=plots)
+
+
+def _over_time(doc: dict[str, Any], lines: Mapping[str, tuple[str, str]], title: str) -> Canvas:
+    x, y = scale_x(0, doc["windows"][-1]["end"], right=110), scale_y(0, 1.04)
+    canvas = Canvas(x, y, "requests", title, x.ticks(), y.ticks())
+    canvas.line([(x(doc["crash"]["after"]), y(0)), (x(doc["crash"]["after"]), y(1))], "#8b95a7", dashed=True)
+    ends = []
+    for name, (field, colour) in lines.items():
+        points = [(x(w["end"]), y(w[field])) for w in doc["windows"]]
+        canvas.line(points, colour)
+        ends.append((points[-1][0] + 8, points[-1][1], name, colour))
+    canvas.name_ends(ends)
+    return canvas
+
+
 def run(args: argparse.Namespace) -> int:
     doc = measure(args)
     if args.format == "json":
@@ -192,4 +223,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"crash: {doc['crash']}; faults: {doc['faults']}")
     if args.output:
         write_json(Path(args.output) / "drift.json", doc)
+        (Path(args.output) / "drift.html").write_text(page(doc), encoding="utf-8")
     return 0

@@ -24,7 +24,7 @@ def test_cost_of_the_anchor_path(tmp_path: Path, capsys: pytest.CaptureFixture[s
             r = row[state]
             assert r["fallbacks"] == []
             assert 0 < r["anchor_tokens"] <= 48 - 2 * 2
-            assert r["computed_tokens"] + r["anchor_tokens"] == row["prompt_tokens"]
+            assert r["computed_tokens"] + r["anchor_tokens"] == row["prompt_tokens"] - 40  # the prefix is known
             assert 0 < r["path_ms"] < r["ttft_ms"]
             assert r["path_over_dense"] == pytest.approx(r["path_ms"] / row["dense_ms"])
 

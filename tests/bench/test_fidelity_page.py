@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from kvcomm.bench.fidelity.page import page
-from kvcomm.bench.fidelity.plot import Canvas, Mark, scale_x, scale_y
 from kvcomm.bench.fidelity.proportions import paired, wilson
 from kvcomm.bench.fidelity.table import table
 from kvcomm.bench.fidelity.views import along, family, pareto
+from kvcomm.plot import Canvas, Mark, scale_x, scale_y
 from kvcomm.report import document
 
 

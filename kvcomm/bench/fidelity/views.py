@@ -8,8 +8,8 @@ from itertools import cycle
 from typing import Any
 
 from kvcomm.bench.fidelity.methods import Method
-from kvcomm.bench.fidelity.plot import Canvas, Mark, Scale, Tick, scale_x, scale_y
 from kvcomm.bench.fidelity.rows import value_of
+from kvcomm.plot import Canvas, Mark, Scale, Tick, scale_x, scale_y
 
 __all__ = ["FAMILIES", "Along", "along", "pareto"]
 

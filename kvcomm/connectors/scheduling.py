@@ -19,7 +19,6 @@ from kvcomm.connectors.capture import answer_segment, prompt_segments
 from kvcomm.connectors.messages import Load, News, Save, Step
 from kvcomm.connectors.promise import Promise
 from kvcomm.connectors.settings import Settings, Wish
-from kvcomm.errors import InputError
 from kvcomm.matching import TextIndex
 from kvcomm.metrics import Counters
 from kvcomm.policy import plan as make_plan
@@ -83,7 +82,7 @@ class Desk:
         if refusal is None:
             try:
                 wish = self._settings.wish(compat.asked(request), tenant)
-            except InputError as error:
+            except Exception as error:  # noqa: BLE001  # clients send what they like, and this is the engine's own process
                 refusal = f"unusable-wish: {error}"
         if wish.mode == "off" and refusal is None:
             refusal = "mode-off"
@@ -100,7 +99,12 @@ class Desk:
         if state.promise is None or not self._holds(state.promise):
             if state.admitted:
                 return 0  # its first tokens were computed in another way: stay with it
-            state.promise = self._make_promise(state, local)
+            try:
+                state.promise = self._make_promise(state, local)
+            except Exception as fault:  # noqa: BLE001  # no plan is a dense answer, whatever went wrong
+                self._count_fault("plan", state, fault)
+                state.refusal = "fault"
+                return 0
         promise = state.promise
         if promise is None or promise.end <= local:
             return 0
@@ -164,11 +168,7 @@ class Desk:
         if state.refusal is not None or self._ready is not None or not compat.finished_well(request):
             return False, report
         segments = [] if state.kept else self._prompt(state)
-        whole = np.asarray(request.all_token_ids, dtype=np.int32)
-        computed = min(int(request.num_computed_tokens), len(whole) - 1)
-        segments += answer_segment(
-            whole[: len(state.ids)], whole[len(state.ids) : computed], state.served, *self._labels(state)
-        )
+        segments += self._answer(state)
         if not segments:
             return False, report
         self._saves.append(Save(request.request_id, self._to_save(segments), tuple(blocks), last=True))
@@ -239,7 +239,26 @@ class Desk:
     def _prompt(self, state: _Request) -> list[Segment]:
         if state.refusal is not None or self._ready is not None:
             return []
-        return prompt_segments(state.ids, state.served, state.known, *self._labels(state))
+        try:
+            return prompt_segments(state.ids, state.served, state.known, *self._labels(state))
+        except Exception as fault:  # noqa: BLE001  # learning is optional
+            self._count_fault("learn", state, fault)
+            return []
+
+    def _answer(self, state: _Request) -> list[Segment]:
+        try:
+            whole = np.asarray(state.own.all_token_ids, dtype=np.int32)
+            tokens = len(state.ids)
+            computed = min(int(state.own.num_computed_tokens), len(whole) - 1)
+            return answer_segment(whole[:tokens], whole[tokens:computed], state.served, *self._labels(state))
+        except Exception as fault:  # noqa: BLE001  # learning is optional
+            self._count_fault("learn", state, fault)
+            return []
+
+    def _count_fault(self, kind: str, state: _Request, fault: Exception) -> None:
+        self.counters.fault(kind)
+        state.known = replace(state.known, fallback=f"fault: {fault!r}")
+        compat.log.warning("kvcomm: a %s fault, counted: %r", kind, fault)
 
     def _to_save(self, segments: list[Segment]) -> tuple[Segment, ...]:
         self._saving.update({segment.key: segment for segment in segments})

@@ -168,6 +168,45 @@ def test_left_alone(fields: dict[str, Any], reason: str) -> None:
     assert it.counters.value("fallbacks", reason) == 1
 
 
+@pytest.mark.parametrize("words", [{"rule": {}}, {"mode": []}, {"mode": {}}, {"agent": [], "rule": None}, [1], {"rule": 5}])
+def test_what_clients_send_never_raises(words: Any) -> None:
+    it = desk()
+    made = request(text(1, 40), kv_transfer_params={"kvcomm": words})
+    it.arrived(made)
+    assert it.promised(made, 0) == 0
+    _, report = it.finished(made, [])
+    assert report is not None
+    assert str(report.fallback).startswith("unusable-wish: ")
+
+
+def test_faults_of_ours_end_in_a_dense_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    it, known = desk(), text(1, 100)
+    live(it, request(known))
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("broken")
+
+    later = request([*text(2, 20), *known])
+    find = it.index.find
+    monkeypatch.setattr(it.index, "find", broken)
+    it.arrived(later)
+    assert it.promised(later, 0) == it.promised(later, 0) == 0
+    _, report = it.finished(later, [])
+    assert report is not None
+    assert report.fallback == "fault: RuntimeError('broken')"
+    assert it.counters.value("faults", "plan") == 1
+    monkeypatch.setattr(it.index, "find", find)
+    monkeypatch.setattr("kvcomm.connectors.scheduling.prompt_segments", broken)
+    monkeypatch.setattr("kvcomm.connectors.scheduling.answer_segment", broken)
+    made = request(text(7, 50))
+    it.arrived(made)
+    it.allocated(made, [1], 0)
+    made.num_computed_tokens = 50
+    assert not it.step({made.request_id: 1}, lambda _: [1]).saves
+    assert it.finished(made, [1])[0] is False
+    assert it.counters.value("faults", "learn") == 2
+
+
 def test_budget_of_holes_is_shared_by_a_step() -> None:
     it, known = desk(max_hole_tokens=30), text(1, 100)
     live(it, request(known))

@@ -306,15 +306,17 @@ class KVComm:
         request.ids = call.prompt[0].to("cpu", torch.int32).numpy()
         result, cache, plan = self._run(request, self._plan(request), call)
         report = request.report(plan)
-        started = perf_counter()
+        started, who, lessons = perf_counter(), request.who, list[Span]()
         try:
-            who = request.who
             lessons = self._corrector.lessons(plan, request.known, who)
             self._corrector.learn(request.ids, lessons, cache, who)
+        except Exception as fault:  # noqa: BLE001  # learning is optional: the answer is already there
+            self._count_fault("anchor", fault)
+        try:
             self._learner.learn(request.ids, plan, cache, result, who.agent, who.tenant, lessons)
             if isinstance(result, torch.Tensor):  # else the caller may hold the cache
                 self.backend.release(cache)
-        except Exception as fault:  # noqa: BLE001  # learning is optional: the answer is already there
+        except Exception as fault:  # noqa: BLE001  # so is this
             self._count_fault("learn", fault)
         return result, self._recorded(replace(report, learn_ms=(perf_counter() - started) * 1e3))
 

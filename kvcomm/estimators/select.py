@@ -22,6 +22,9 @@ PLACES = 6  # position features: where a segment begins; with more, what short t
 class Select:
     """The doubt of a ridge regression over the anchors of all slots, without its estimate. None below `min_anchors`.
 
+    What the last 2 * `min_anchors` taught stays although they are forgotten, until later ones come: a pool with room for few,
+    or with many tenants, would else be learned from for ever.
+
     What follows from a base alone is kept (68 bytes per token and layer, `keep_bytes` in all), so that a base seen before costs
     next to nothing behind a new context.
     """
@@ -30,14 +33,23 @@ class Select:
 
     def __init__(self, min_anchors: int = 20, width: int = 64, keep_bytes: int = 128 << 20) -> None:
         self._ridge = Ridge(width=width, context_width=width, places=PLACES, min_anchors=min_anchors, one=True)
+        self._least = 2 * min_anchors
+        self._left: OrderedDict[str, Anchor] = OrderedDict()  # by key: to be forgotten, the first one first
         self._keep_bytes, self._bytes = keep_bytes, 0
         self._kept: OrderedDict[str, Glimpse] = OrderedDict()  # by key of a place, the one not used for longest first
 
     def learn(self, anchor: Anchor, base: PlainKV, deviation: PlainKV) -> None:
+        self._left.pop(anchor.key, None)
         self._ridge.learn(anchor, base, deviation)
+        self._forget_left()
 
     def forget(self, anchor: Anchor) -> None:
-        self._ridge.forget(anchor)
+        self._left[anchor.key] = anchor
+        self._forget_left()
+
+    def _forget_left(self) -> None:
+        while self._left and self._ridge.anchors > self._least:
+            self._ridge.forget(self._left.popitem(last=False)[1])
 
     def estimate(self, place: Place) -> Estimate | None:
         glimpse = self._glimpse(place)

@@ -35,8 +35,25 @@ def test_follow_a_pool(world: World) -> None:
     for anchor in anchors:
         pool.remove(anchor.key)
     assert pupils.estimate("t", place) is None
-    assert not pupils._of, "a tenant without anchors costs nothing"
     assert not pool.stats().faults
+
+
+def test_bounded(world: World) -> None:
+    """Two tenants fit: the one not needed for longest leaves, and is served again when it has learned again."""
+    pupils = Pupils(lambda: "model", Mean, tenants=2)
+
+    def teach(tenant: str) -> None:
+        for _ in range(3):
+            pupils.learn(replace(world.sample(8).anchor(), tenant=tenant))
+
+    place = world.sample(4).place
+    teach("a")
+    teach("b")
+    assert pupils.estimate("a", place) is not None
+    teach("c")
+    assert [pupils.estimate(tenant, place) is not None for tenant in "abc"] == [True, False, True]
+    teach("b")
+    assert pupils.estimate("b", place) is not None
 
 
 def test_apart_by_tenant_and_model(world: World) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from kvcomm.anchors.anchor import Anchor
 from kvcomm.estimators import Place, Ridge
 from kvcomm.estimators.select import Select
 from kvcomm.plain import PlainKV
@@ -51,12 +52,35 @@ def test_doubts_what_cannot_be_foreseen(world: World) -> None:
 
 def test_none_below_min_anchors_over_all_slots(world: World) -> None:
     select = Select(min_anchors=4)
-    taught = [world.sample(12, slot).teach(select) for slot in ("a", "b", "c")]
+    for slot in ("a", "b", "c"):
+        world.sample(12, slot).teach(select)
     assert select.estimate(world.sample(5, "a").place) is None
     world.sample(12, "d").teach(select)
     assert select.estimate(world.sample(5, "never seen").place) is not None
-    select.forget(taught[0])
-    assert select.estimate(world.sample(5, "a").place) is None
+
+
+def test_what_the_last_taught_stays(world: World) -> None:
+    """In a pool with room for one anchor, each is forgotten when the next one comes: there is an estimate all the same."""
+    select, place = Select(min_anchors=4), world.sample(5).place
+    anchors: list[Anchor] = []
+    for i in range(12):
+        anchors.append(world.sample(12).teach(select))
+        if i:
+            select.forget(anchors[i - 1])
+        assert (select.estimate(place) is not None) == (i >= 3)
+    assert list(select._ridge._learned) == [anchor.key for anchor in anchors[4:]]
+    assert list(select._left) == [anchor.key for anchor in anchors[4:11]]
+
+
+def test_what_comes_back_is_not_forgotten(world: World) -> None:
+    select = Select(min_anchors=1)
+    sample = world.sample(12)
+    anchor = sample.teach(select)
+    select.forget(anchor)
+    sample.teach(select)
+    for _ in range(4):
+        world.sample(12).teach(select)
+    assert anchor.key in select._ridge._learned
 
 
 def test_the_same_with_and_without_what_is_kept(world: World) -> None:

@@ -344,11 +344,15 @@ class KVComm:
         if self.config.anchors == "off":
             return plan
         corrected = self._corrector.correct(request.ids, plan, request.who)
-        if corrected is None or len(corrected.plan.recompute) > self.config.max_recompute * plan.length:
-            reason = "learning" if corrected is None else "too-much-recomputed"
-            plan = replace(make_plan(plan.length, matches, self.config, "exact"), fallback=plan.fallback or reason)
+        reason = None
+        if corrected is None:
+            reason = "learning"
+        elif corrected.plan is not plan and len(corrected.plan.recompute) > self.config.max_recompute * plan.length:
+            reason = "too-much-recomputed"
         else:
             plan, request.deviations = corrected.plan, corrected.deviations
+        if reason is not None:
+            plan = replace(make_plan(plan.length, matches, self.config, "exact"), fallback=reason)
         request.known = [Span(m.start, m.end, "boundary", m.segment, m.offset) for m in matches if not m.exact]
         return plan
 

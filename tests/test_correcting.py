@@ -232,6 +232,17 @@ def test_text_of_other_prompts_waits_too_where_texts_are_computed_alone(comm: KV
     assert [ask(comm, owner).report.fallback for owner in OWNERS[:3]] == ["learning"] * 3
 
 
+def test_a_short_exact_prefix_is_no_fallback(comm: KVComm) -> None:
+    """Nothing moved, so anchors have no say, however much of the prompt is new."""
+    ask(comm, "bob")
+    role = messages("bob")[0]
+    new = {"role": "user", "content": " ".join(f"the old river waits {word} ." for word in OWNERS * 3)}
+    report = comm.generate([role, new], max_new_tokens=2, do_sample=False).report
+    assert [span.rung for span in report.spans] == ["exact"]
+    assert report.computed_tokens > 0.8 * report.prompt_tokens
+    assert report.fallback is None
+
+
 def test_anchors_off(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     comm = made(model, tokenizer, anchors="off")
     comm.prefill(CONTENT)

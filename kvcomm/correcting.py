@@ -96,9 +96,8 @@ class Corrector:
         served = {span.start for span in plan.spans}
         return [span for span in known if span.start not in served and span.segment.key in self.store]
 
-    def learn(self, ids: Ids, lessons: Sequence[Span], cache: SpanCache, who: Who) -> int:
-        """Deposits an anchor for each lesson, of many the longest; `cache` holds their real KV. Returns how many were taken."""
-        taken = 0
+    def learn(self, ids: Ids, lessons: Sequence[Span], cache: SpanCache, who: Who) -> None:
+        """Deposits an anchor for each lesson, of many the longest; `cache` holds their real KV."""
         for span in sorted(lessons, key=lambda span: -span.tokens)[:LESSONS]:
             base = self._base(span)
             real = self.backend.read(cache, span.start, span.end, len(ids))
@@ -113,8 +112,7 @@ class Corrector:
                 fingerprint=self.backend.fingerprint,
                 tenant=who.tenant,
             )
-            taken += bool(self.pool.add(anchor))
-        return taken
+            self.pool.add(anchor)
 
     def _due(self, tenant: str) -> bool:
         """Whether it is time to look at how things really are."""

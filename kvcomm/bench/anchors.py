@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -25,8 +24,9 @@ from kvcomm.bench.ttft import VOCABULARY, first_token, random_model
 from kvcomm.config import Config
 from kvcomm.engine import KVComm, Rule
 from kvcomm.errors import InputError
+from kvcomm.learning import Learner
 from kvcomm.report import document, dumps, write_json
-from kvcomm.segments import ReuseReport, Segment, SegmentKV
+from kvcomm.segments import ReuseReport
 
 __all__ = ["add_arguments", "measure", "run"]
 
@@ -60,13 +60,11 @@ class Reader:
 
     def texts(self) -> list[list[int]]:
         """New texts, their KV in the store."""
-        out = []
+        learner, out = Learner(self.backend, self.comm.store, self.comm.index, self.comm.config), []
         for _ in range(self.args.texts):
-            ids = np.asarray(self._draw(1 + self.args.tokens), dtype=np.int32)
-            segment = Segment(ids[1:], ids[:1], self.backend.fingerprint, alone=True)
-            self.comm.store.put(segment, self._alone(ids))
-            self.comm.index.add(segment)
-            out.append(ids[1:].tolist())
+            ids = self._draw(1 + self.args.tokens)
+            learner.prefill(torch.tensor([ids]), 1, "", "")
+            out.append(ids[1:])
         return out
 
     def prompt(self, texts: list[list[int]]) -> torch.Tensor:
@@ -90,15 +88,6 @@ class Reader:
             if len(self.comm.anchors) <= before:
                 raise InputError(f"{before} anchors fill the pool, {self.args.anchors} were asked for; ask for fewer")
         return spent
-
-    @torch.no_grad()
-    def _alone(self, ids: np.ndarray) -> SegmentKV:
-        cache = self.backend.cache(len(ids))
-        with self.backend.hooked():
-            self.backend.model(input_ids=torch.from_numpy(ids)[None].long(), past_key_values=cache, logits_to_keep=1)
-        kv = self.backend.read(cache, 1, len(ids), len(ids))
-        self.backend.release(cache)
-        return kv
 
     def _draw(self, tokens: int) -> list[int]:
         return [self.random.randrange(10, VOCABULARY) for _ in range(tokens)]

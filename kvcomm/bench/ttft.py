@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -42,7 +42,7 @@ from kvcomm.errors import InputError
 from kvcomm.report import document, dumps, write_json
 from kvcomm.segments import ReuseReport, Segment, SegmentKV
 
-__all__ = ["VOCABULARY", "add_arguments", "first_token", "measure", "random_model", "run"]
+__all__ = ["VOCABULARY", "add_arguments", "first_token", "measure", "random_model", "ratios", "run", "worst"]
 
 ARMS = ("dense", "prefix_cache", "shared", "exact_hit")
 BLOCKS = (1024, 512)  # tokens per forward that the prefix-cache arm tries, besides all at once
@@ -177,7 +177,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         output_tokens=answer_tokens,
         repetitions=args.repetitions,
         agents=agents,
-        later_agents=_ratios(agents[1:]),
+        later_agents=ratios(agents[1:]),
     )
 
 
@@ -279,7 +279,7 @@ def first_token(backend: HFBackend, ids: torch.Tensor, cache: SpanCache | None =
     return (first[0] - began) * 1e3
 
 
-def _ratios(agents: list[dict[str, Any]]) -> dict[str, float] | None:
+def ratios(agents: Sequence[dict[str, Any]]) -> dict[str, float] | None:
     """The worst agent's ratios: each claim holds for every agent."""
     if not agents:
         return None
@@ -288,6 +288,15 @@ def _ratios(agents: list[dict[str, Any]]) -> dict[str, float] | None:
         "prefix_cache_over_shared_min": min(a["prefix_cache_ms"] / a["shared_ms"] for a in agents),
         "shared_over_exact_hit_max": max(a["shared_ms"] / a["exact_hit_ms"] for a in agents),
     }
+
+
+def worst(ratios: dict[str, float]) -> str:
+    """What `ratios` gave, as a line."""
+    return (
+        f"agents 2 and later, the worst of them: dense / shared {ratios['dense_over_shared_min']:.1f}, "
+        f"prefix cache / shared {ratios['prefix_cache_over_shared_min']:.1f}, "
+        f"shared / exact hit {ratios['shared_over_exact_hit_max']:.2f}"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -306,12 +315,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{a['prefix_cache_ms']:>10.1f} {a['shared_ms']:>10.1f} {a['exact_hit_ms']:>10.1f}"
             )
         if doc["later_agents"]:
-            r = doc["later_agents"]
-            print(
-                f"agents 2 and later, the worst of them: dense / shared {r['dense_over_shared_min']:.1f}, "
-                f"prefix cache / shared {r['prefix_cache_over_shared_min']:.1f}, "
-                f"shared / exact hit {r['shared_over_exact_hit_max']:.2f}"
-            )
+            print(worst(doc["later_agents"]))
     for folder in (Path(x) for x in args.output if not x.isdigit()):
         write_json(folder / "ttft.json", doc)
     return 0

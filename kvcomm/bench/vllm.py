@@ -176,7 +176,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         output_tokens=answer_tokens,
         repetitions=args.repetitions,
         agents=agents,
-        later_agents=_ratios(agents[1:]),
+        later_agents=ttft.ratios(agents[1:]),
     )
 
 
@@ -184,17 +184,6 @@ def _version() -> str:
     import vllm
 
     return str(vllm.__version__)
-
-
-def _ratios(agents: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """The worst agent's ratios: each claim holds for every agent."""
-    if not agents:
-        return None
-    return {
-        "dense_over_shared_min": min(a["dense_ms"] / a["shared_ms"] for a in agents),
-        "prefix_cache_over_shared_min": min(a["prefix_cache_ms"] / a["shared_ms"] for a in agents),
-        "shared_over_exact_hit_max": max(a["shared_ms"] / a["exact_hit_ms"] for a in agents),
-    }
 
 
 def run(args: argparse.Namespace) -> int:
@@ -209,12 +198,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{a['agent']:>6} {a['prompt_tokens']:>7} {a['reused_tokens']:>7} {a['dense_ms']:>9.1f} "
                 f"{a['prefix_cache_ms']:>13.1f} {a['shared_ms']:>8.1f} {a['exact_hit_ms']:>10.1f}"
             )
-        if r := doc["later_agents"]:
-            print(
-                f"agents 2 and later, the worst of them: dense / shared {r['dense_over_shared_min']:.1f}, "
-                f"prefix cache / shared {r['prefix_cache_over_shared_min']:.1f}, "
-                f"shared / exact hit {r['shared_over_exact_hit_max']:.2f}"
-            )
+        if doc["later_agents"]:
+            print(ttft.worst(doc["later_agents"]))
     for folder in (Path(x) for x in args.output if not x.isdigit()):
         write_json(folder / "vllm.json", doc)
     return 0

@@ -97,14 +97,16 @@ class Ridge:
             self._regressions.remove(self._slot(anchor.slot), xs, _targets(deviation, surprise))
 
     def estimate(self, place: Place) -> Estimate | None:
-        glimpse = self.glimpse(place)
-        doubt = None if glimpse is None else self.doubt(glimpse, place.context)
-        if glimpse is None or doubt is None:
+        lines = self._regressions.lines(self._slot(place.slot))
+        if lines is None:
             return None
         seen = self._sight.see(place.base, place.context, place.first)
+        doubt = self.doubt(_glimpse(lines, seen), place.context)
+        if doubt is None:
+            return None
         keys, values = [], []
         for layer, (k, v) in enumerate(zip(place.base.keys, place.base.values, strict=True)):
-            line = glimpse.lines[layer]
+            line = lines[layer]
             if line is None:
                 keys.append(torch.zeros_like(k))
                 values.append(torch.zeros_like(v))
@@ -117,11 +119,7 @@ class Ridge:
     def glimpse(self, place: Place) -> Glimpse | None:
         """All that `doubt` needs of a base, for any context; None where too little is known."""
         lines = self._regressions.lines(self._slot(place.slot))
-        if lines is None:
-            return None
-        seen = self._sight.see(place.base, place.context, place.first)
-        glances = [None if line is None else line.glance(seen.parts(i)) for i, line in enumerate(lines)]
-        return Glimpse(lines, glances, seen.tokens)
+        return None if lines is None else _glimpse(lines, self._sight.see(place.base, place.context, place.first))
 
     def doubt(self, glimpse: Glimpse, context: Tensor) -> Tensor | None:
         """[tokens], of an estimate behind a text with these features; None where it is not finite."""
@@ -153,6 +151,11 @@ class Ridge:
             out.append((squares + 1e-4 * squares.mean() + 1e-30).log())
         errors = torch.stack(out)
         return errors - errors.mean(1, keepdim=True)
+
+
+def _glimpse(lines: list[Line | None], seen: Seen) -> Glimpse:
+    glances = [None if line is None else line.glance(seen.parts(i)) for i, line in enumerate(lines)]
+    return Glimpse(lines, glances, seen.tokens)
 
 
 def _targets(deviation: PlainKV, surprise: Tensor) -> list[Tensor]:

@@ -10,7 +10,6 @@ import torch
 
 from kvcomm.anchors.anchor import Anchor
 from kvcomm.backends.hf import HFBackend
-from kvcomm.backends.loading import load
 from kvcomm.bench.fidelity.cases import BASES, Base, Case, case, templates
 from kvcomm.bench.fidelity.early import Early
 from kvcomm.bench.fidelity.methods import Method, deviation, serve
@@ -18,17 +17,9 @@ from kvcomm.errors import InputError
 from kvcomm.estimators.base import Estimate, Place
 from kvcomm.estimators.edges import Edges
 from kvcomm.plain import PlainKV
-from kvcomm.tiny import FOLDER
 from kvcomm.tiny.words import DOMAINS
 
 Make = Callable[[Base], Case]
-
-
-@pytest.fixture(scope="module")
-def backend() -> HFBackend:
-    made = load(str(FOLDER), dtype="float32")
-    assert isinstance(made, HFBackend)
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import torch
 
 from kvcomm.anchors.anchor import Anchor
 from kvcomm.backends.hf import HFBackend
-from kvcomm.backends.loading import load
 from kvcomm.bench.fidelity import predictors
 from kvcomm.bench.fidelity.cases import Case, case, templates
 from kvcomm.bench.fidelity.early import Early
@@ -27,7 +26,6 @@ from kvcomm.errors import InputError
 from kvcomm.estimators.base import Place
 from kvcomm.estimators.paper import Paper
 from kvcomm.plain import PlainKV
-from kvcomm.tiny import FOLDER
 
 
 def plain(seed: int, tokens: int = 12) -> PlainKV:
@@ -73,13 +71,6 @@ def test_nearness() -> None:
     assert seen.novelty == 0
     assert nearby.look(place(3, around=7.0)).novelty == pytest.approx(2), "contexts are 2 apart; the nearest is twice as far"
     assert nearby.estimate(place(3)) is None
-
-
-@pytest.fixture(scope="module")
-def backend() -> HFBackend:
-    made = load(str(FOLDER), dtype="float32")
-    assert isinstance(made, HFBackend)
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Recorded agent runs: reading, analysing, recording and replaying them."""

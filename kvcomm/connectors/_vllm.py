@@ -5,6 +5,7 @@ Holds no method of its own: what is matched, planned, promised, rotated, compute
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
@@ -15,7 +16,7 @@ from kvcomm.connectors.holes import HolePass
 from kvcomm.connectors.loading import Loader
 from kvcomm.connectors.pages import Pages
 from kvcomm.connectors.scheduling import Desk
-from kvcomm.connectors.selftest import try_engine, try_holes
+from kvcomm.connectors.selftest import try_engine, try_fold, try_holes
 from kvcomm.connectors.settings import Settings
 from kvcomm.connectors.stats import Exporter, Stats, summary
 from kvcomm.connectors.worker import Refusing, Worker
@@ -44,6 +45,7 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):
                 compat.fingerprint(vllm_config),
                 ranks=self._ranks,
                 step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+                block_size=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
                 prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
             )
         else:
@@ -100,10 +102,11 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker = Refusing(str(error) if known else repr(error))
             return
         store = MemoryStore(self._settings.config.store_bytes // self._ranks)
-        self.worker = Worker(Loader(pages, rope, store), Keeper(pages, store), holes, store, alone=self._ranks == 1)
+        proof = partial(try_fold, pages, holes)
+        self.worker = Worker(Loader(pages, rope, store), Keeper(pages, store), holes, store, proof, alone=self._ranks == 1)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        self.worker.before_forward(self._get_connector_metadata())
+        self.worker.before_forward(self._get_connector_metadata(), forward_context)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Everything was loaded before the forward."""

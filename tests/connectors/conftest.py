@@ -162,7 +162,7 @@ class Engine:
         def noting(request: Any, blocks: list[int]) -> Any:
             state = self.desk._requests.get(request.request_id)
             if state is not None:
-                self.served[request.request_id.rpartition("-")[0] or request.request_id] = state.served
+                self.served[request.request_id.rpartition("-")[0] or request.request_id] = state.plan
             return finished(request, blocks)
 
         self.desk.finished = noting
@@ -222,8 +222,8 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Iter
         folder = tmp_path_factory.mktemp("model")
         oracle = Oracle(random_model(folder, rope))
         defaults = {
-            "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 8, "max_num_batched_tokens": 2048, "enforce_eager": True,
-            "worker_extension_cls": "kvcomm.connectors.vllm.RunnerHandle",
+            "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 32, "max_num_batched_tokens": 2048,
+            "enforce_eager": True, "worker_extension_cls": "kvcomm.connectors.vllm.RunnerHandle",
         }  # fmt: skip
         transfer = KVTransferConfig(
             kv_connector="KVCommConnector",

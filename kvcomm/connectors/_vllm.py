@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvcomm.connectors import vllm_compat as compat
 from kvcomm.connectors.capture import Keeper
+from kvcomm.connectors.costs import measure
 from kvcomm.connectors.holes import HolePass
 from kvcomm.connectors.loading import Loader
 from kvcomm.connectors.pages import Pages
@@ -96,6 +97,7 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):
             rope = try_engine(config.model_config.hf_text_config, pages, runner, config.model_config.max_model_len)
             holes = HolePass(runner, size)
             try_holes(pages, holes)
+            costs = measure(pages, rope, holes, min(runner.max_tokens, config.model_config.max_model_len))
         except Exception as error:  # noqa: BLE001  # whatever it was, the engine itself is well
             known = isinstance(error, KVCommError)
             compat.log.error("kvcomm: this engine cannot be served: %s", error, exc_info=not known)
@@ -103,7 +105,17 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):
             return
         store = MemoryStore(self._settings.config.store_bytes // self._ranks)
         proof = partial(try_fold, pages, holes)
-        self.worker = Worker(Loader(pages, rope, store), Keeper(pages, store), holes, store, proof, alone=self._ranks == 1)
+        never = config.model_config.max_model_len  # a prompt has no more tokens
+        self.worker = Worker(
+            Loader(pages, rope, store),
+            Keeper(pages, store),
+            holes,
+            store,
+            proof,
+            least_gain=never if costs.least_gain is None else costs.least_gain,
+            alone=self._ranks == 1,
+        )
+        compat.log.info("kvcomm: %s", costs)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         self.worker.before_forward(self._get_connector_metadata(), forward_context)

@@ -73,6 +73,7 @@ class News:
     """What workers report after a step. Aggregated over ranks: a segment is known only when every rank keeps it."""
 
     refusal: str | None = None  # why this engine cannot be served
+    least_gain: int | None = None  # tokens from which on loading is faster here than computing; None: not said
     kept: Counter[str] = field(default_factory=Counter)  # key -> ranks that keep it
     gone: set[str] = field(default_factory=set)  # keys that some rank does not keep, or no more
     apart: set[str] = field(default_factory=set)  # requests whose holes were computed apart although they could be folded
@@ -82,6 +83,7 @@ class News:
         """Both together; named as vLLM calls it."""
         return News(
             self.refusal or other.refusal,
+            max((x for x in (self.least_gain, other.least_gain) if x is not None), default=None),
             self.kept + other.kept,
             self.gone | other.gone,
             self.apart | other.apart,

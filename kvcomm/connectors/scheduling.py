@@ -27,8 +27,6 @@ from kvcomm.who import Who
 
 __all__ = ["Desk"]
 
-LEAST_GAIN = 32  # tokens; a pass over holes costs about as much as this many tokens of prefill
-
 
 @dataclass(eq=False)
 class _Request:
@@ -65,6 +63,7 @@ class Desk:
     ) -> None:
         self._settings, self._fingerprint, self._ranks = settings, fingerprint, ranks
         self._hole_tokens = step_tokens if settings.max_hole_tokens is None else settings.max_hole_tokens
+        self._least_gain = settings.least_gain or 0
         self._block_size, self._prefix_caching = block_size, prefix_caching
         self.index = self._empty_index()
         self.counters = Counters()
@@ -181,6 +180,8 @@ class Desk:
         """The workers' report on a step."""
         if self._ready is not None:
             self._ready = news.refusal
+        if news.least_gain is not None and self._settings.least_gain is None:
+            self._least_gain = news.least_gain
         for key, ranks in news.kept.items():
             segment = self._saving.pop(key, None)
             if segment is not None and ranks == self._ranks:
@@ -225,7 +226,7 @@ class Desk:
         if not state.known.spans:
             return None
         promise = Promise.of(state.known, self._hole_tokens)
-        if promise.end(local) - local < LEAST_GAIN:
+        if promise.end(local) - local < max(self._least_gain, 1):
             reason = promise.plan.fallback or "little-gain"
             state.known = replace(state.known, fallback=reason)
             return None

@@ -27,12 +27,20 @@ class Worker:
     """
 
     def __init__(
-        self, loader: Loader, keeper: Keeper, holes: HolePass, store: Store, try_fold: Callable[[Load], None], *, alone: bool
+        self,
+        loader: Loader,
+        keeper: Keeper,
+        holes: HolePass,
+        store: Store,
+        try_fold: Callable[[Load], None],
+        *,
+        least_gain: int | None = None,
+        alone: bool,
     ) -> None:
         self._loader, self._keeper, self._holes, self._store, self._alone = loader, keeper, holes, store, alone
         self._try_fold, self._folds, self._judged = try_fold, True, False
         self._on_trial: list[Load] = []
-        self._news = News()
+        self._news = News(least_gain=least_gain)
         self._told = False
         self._finished: set[str] = set()
         self._bad_blocks: set[int] = set()

@@ -230,7 +230,7 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Iter
             kv_connector_module_path="kvcomm.connectors.vllm",
             kv_role="kv_both",
             kv_load_failure_policy=policy,
-            kv_connector_extra_config=extra or {},
+            kv_connector_extra_config={"least_gain": 32, **(extra or {})},
         )
         llm = LLM(model=str(folder), skip_tokenizer_init=True, seed=0, kv_transfer_config=transfer, **{**defaults, **options})
         engine = Engine(llm, oracle)

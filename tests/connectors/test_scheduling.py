@@ -47,7 +47,8 @@ def request(ids: list[int], **fields: Any) -> FakeRequest:
 
 
 def desk(ranks: int = 1, ready: bool = True, **extra: Any) -> Desk:
-    made = Desk(Settings.from_extra(extra), "model", ranks=ranks, step_tokens=256, block_size=BLOCK, prefix_caching=True)
+    settings = Settings.from_extra({"least_gain": 32, **extra})
+    made = Desk(settings, "model", ranks=ranks, step_tokens=256, block_size=BLOCK, prefix_caching=True)
     if ready:
         made.heard(News())
     return made
@@ -167,6 +168,18 @@ def test_the_engines_own_tokens_may_be_computed_in_this_very_step() -> None:
     assert it.promised(later, 16)
     it.finished(other, [9])
     assert it.promised(later, 48)
+
+
+def test_how_much_is_worth_it_is_what_the_workers_have_measured() -> None:
+    """Where nobody has set it."""
+    for given, promised in ((None, 0), (32, 75)):
+        it, known = desk(least_gain=given), text(1, 100)
+        it.heard(News(least_gain=90))
+        live(it, request(known))
+        later = request([*text(2, 20), *known])
+        it.arrived(later)
+        assert bool(it.promised(later, 0)) is bool(promised)
+        assert it._requests[later.request_id].known.fallback == (None if promised else "little-gain")
 
 
 def test_where_the_salt_does_not_take_nothing_is_promised() -> None:

@@ -49,3 +49,23 @@ def test_training_saw_what_the_chat_template_gives(built: PreTrainedTokenizerFas
     messages = [{"role": "system", "content": "you are the clerk ."}, {"role": "user", "content": "city of bob ?"}]
     ids = built.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ids == encode("<bos> <|system|> you are the clerk . <|end|> <|user|> city of bob ? <|end|> <|assistant|>")
+
+
+def test_chat_template_and_tools(built: PreTrainedTokenizerFast) -> None:
+    """A call leaves no words, its result is read as a user's message, and what has words is what it was without tools."""
+    call = {"id": "a", "type": "function", "function": {"name": "ask_clerk", "arguments": "{}"}}
+    said = {"role": "user", "content": " city of bob ? "}
+    result = {"role": "tool", "tool_call_id": "a", "content": "clerk says : oslo ."}
+
+    def rendered(*messages: dict[str, object]) -> str:
+        text = built.apply_chat_template(list(messages), tokenize=False)
+        assert isinstance(text, str)
+        return text
+
+    for nothing in (None, ""):
+        asked = {"role": "assistant", "content": nothing, "tool_calls": [call]}
+        assert rendered(said, asked, result) == "<bos><|user|> city of bob ?<|end|><|user|> clerk says : oslo .<|end|>"
+    asked = {"role": "assistant", "content": "well .", "tool_calls": [call]}
+    assert rendered(said, asked) == rendered(said, {"role": "assistant", "content": "well ."})
+    empty = {"role": "assistant", "content": ""}
+    assert rendered(said, empty) == "<bos><|user|> city of bob ?<|end|><|assistant|> <|end|>"

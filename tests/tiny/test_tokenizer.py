@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,9 +19,15 @@ def built() -> PreTrainedTokenizerFast:
     return tokenizer.build()
 
 
-@given(st.text(max_size=60))
-def test_any_text_survives(text: str) -> None:
-    shipped = AutoTokenizer.from_pretrained(FOLDER)
+@pytest.fixture(scope="module")
+def shipped() -> PreTrainedTokenizerFast:
+    loaded = AutoTokenizer.from_pretrained(FOLDER)
+    assert isinstance(loaded, PreTrainedTokenizerFast)
+    return loaded
+
+
+@given(text=st.text(max_size=60))
+def test_any_text_survives(shipped: PreTrainedTokenizerFast, text: str) -> None:
     for special in tokenizer.SPECIAL:
         text = text.replace(special, "")
     assert shipped.decode(shipped(text).input_ids) == text
@@ -31,8 +38,7 @@ def test_every_word_is_one_token(built: PreTrainedTokenizerFast) -> None:
         assert len(built(f" {word}").input_ids) == 1, word
 
 
-def test_the_shipped_tokenizer_is_the_built_one(built: PreTrainedTokenizerFast) -> None:
-    shipped = AutoTokenizer.from_pretrained(FOLDER)
+def test_the_shipped_tokenizer_is_the_built_one(built: PreTrainedTokenizerFast, shipped: PreTrainedTokenizerFast) -> None:
     assert shipped.get_vocab() == built.get_vocab()
     assert shipped.chat_template == built.chat_template
     assert shipped.eos_token == "<|end|>"
@@ -57,7 +63,7 @@ def test_chat_template_and_tools(built: PreTrainedTokenizerFast) -> None:
     said = {"role": "user", "content": " city of bob ? "}
     result = {"role": "tool", "tool_call_id": "a", "content": "clerk says : oslo ."}
 
-    def rendered(*messages: dict[str, object]) -> str:
+    def rendered(*messages: Any) -> str:
         text = built.apply_chat_template(list(messages), tokenize=False)
         assert isinstance(text, str)
         return text

@@ -18,13 +18,12 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
+from kvcomm.connectors.vllm import TESTED
 from kvcomm.errors import UnsupportedModel
 
 __all__ = [
-    "TESTED",
     "LayerCache",
     "Rows",
     "Runner",
@@ -40,7 +39,6 @@ __all__ = [
     "salt",
 ]
 
-TESTED = SpecifierSet(">=0.32,<0.33")
 log = logging.getLogger("vllm.kvcomm")  # vLLM prints nothing of loggers outside its own name
 
 

@@ -26,10 +26,23 @@ SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "4"
 class Reply:
     """One request's end."""
 
-    ids: list[int]  # generated
-    text: str  # the same; empty where the engine has no tokenizer
+    output: Any  # vLLM's
     first_ms: float  # from the call to the first token, everything included
-    report: ReuseReport | None  # None: the engine has no connector, or kvcomm did not know of the request
+
+    @property
+    def ids(self) -> list[int]:
+        """What was generated."""
+        return list(self.output.outputs[0].token_ids)
+
+    @property
+    def text(self) -> str:
+        """The same; empty where the engine has no tokenizer."""
+        return str(self.output.outputs[0].text)
+
+    @property
+    def report(self) -> ReuseReport | None:
+        """None: the engine has no connector."""
+        return reported(self.output.kv_transfer_params)
 
 
 @dataclass(eq=False)
@@ -55,9 +68,9 @@ class LocalEngine:
         quiet: bool = False,
         **options: Any,
     ) -> LocalEngine:
-        """For prompts and answers of up to `tokens`, None: as many as the model and the memory allow. `share`: with the connector,
-        whose settings are `extra` and which loses a load as `policy` says; `options` are vLLM's. Raises InputError where vLLM is
-        missing or cannot load the model.
+        """For prompts and answers of up to `tokens`, None: as many as the model and the memory allow. `share`: with the
+        connector, whose settings are `extra` and which loses a load as `policy` says; `options` are vLLM's. Raises InputError
+        where vLLM is missing or cannot load the model.
         """
         need_vllm()
         for name, value in {**SETTINGS, **({"VLLM_LOGGING_LEVEL": "ERROR"} if quiet else {})}.items():
@@ -133,10 +146,23 @@ class LocalEngine:
                 first, last = perf_counter() if first is None else first, output
         core.step()  # the connector keeps an answer in the step after its last; a server takes that step by itself
         assert first is not None
-        assert last is not None
-        return Reply(
-            list(last.outputs[0].token_ids), last.outputs[0].text, (first - began) * 1e3, reported(last.kv_transfer_params)
-        )
+        return Reply(last, (first - began) * 1e3)
+
+    def drain(self) -> dict[str, Any]:
+        """What comes of all requests that were sent and have not ended, by name."""
+        core = self.llm.llm_engine
+        done: dict[str, Any] = {}
+        while core.has_unfinished_requests():
+            done |= {output.request_id: output for output in core.step() if output.finished}
+        core.step()
+        return done
+
+    def counted(self, metric: str) -> int:
+        """A counter of /metrics, over all labels; engines started with `disable_log_stats=False` have them."""
+        from prometheus_client import REGISTRY
+
+        samples = (sample for family in REGISTRY.collect() for sample in family.samples)
+        return int(sum(sample.value for sample in samples if sample.name == f"{metric}_total"))
 
     def close(self) -> None:
         """Ends the engine; the process can start another one."""

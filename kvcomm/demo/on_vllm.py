@@ -29,9 +29,7 @@ class Arm:
     name: str
     calls: count[int] = field(default_factory=count)
 
-    def generate(
-        self, messages: Sequence[Mapping[str, str]], *, agent: str, rule: Rule, max_new_tokens: int
-    ) -> Output:
+    def generate(self, messages: Sequence[Mapping[str, str]], *, agent: str, rule: Rule, max_new_tokens: int) -> Output:
         tenant = f"dense {next(self.calls)}" if self.name == "dense" else self.name
         words = {"agent": agent, "rule": rule, "mode": "on" if self.name == "shared" else "off"}
         reply = self.engine.ask(self.engine.chat(messages), tenant=tenant, words=words, new=max_new_tokens)

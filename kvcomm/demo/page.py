@@ -34,7 +34,11 @@ def terminal(doc: dict[str, Any]) -> str:
             f"\n{name}: {w['requests']} requests, {len(rows)} agents, tokens and milliseconds per call",
             *_table(COLUMNS, rows),
         ]
-        arms = {name: arm for name, arm in (("dense", "dense"), ("shared", "shared"), ("rotate only", "rotate")) if arm in doc["arms"]}
+        arms = {
+            name: arm
+            for name, arm in (("dense", "dense"), ("shared", "shared"), ("rotate only", "rotate"))
+            if arm in doc["arms"]
+        }
         classes = [
             (b, str(c["questions"]), *(percent(c[f"accuracy_{arm}"]) for arm in arms.values()))
             for b, c in w["bindings"].items()

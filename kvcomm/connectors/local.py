@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import count
@@ -170,8 +169,7 @@ class LocalEngine:
         from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
         self.llm.llm_engine.engine_core.shutdown()
-        with suppress(AttributeError):
-            ensure_kv_transfer_shutdown()
+        ensure_kv_transfer_shutdown()
         del self.llm
         cleanup_dist_env_and_memory()
 

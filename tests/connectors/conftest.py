@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcomm.connectors.local import LocalEngine
 from kvcomm.segments import Plan
 from kvcomm.testing import tiny_random
 
@@ -214,35 +215,17 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Iter
         inside: bool = True,
         **options: Any,
     ) -> Iterator[Engine]:
-        from vllm import LLM
-        from vllm.config import KVTransferConfig
-        from vllm.distributed import cleanup_dist_env_and_memory
-        from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
-
         folder = tmp_path_factory.mktemp("model")
         oracle = Oracle(random_model(folder, rope))
-        defaults = {
-            "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 32, "max_num_batched_tokens": 2048,
-            "enforce_eager": True, "worker_extension_cls": "kvcomm.connectors.vllm.RunnerHandle",
-        }  # fmt: skip
-        transfer = KVTransferConfig(
-            kv_connector="KVCommConnector",
-            kv_connector_module_path="kvcomm.connectors.vllm",
-            kv_role="kv_both",
-            kv_load_failure_policy=policy,
-            kv_connector_extra_config=extra or {},
-        )
-        llm = LLM(model=str(folder), skip_tokenizer_init=True, seed=0, kv_transfer_config=transfer, **{**defaults, **options})
-        engine = Engine(llm, oracle)
+        options = {"dtype": "float32", "max_model_len": 2048, "max_num_seqs": 32, "max_num_batched_tokens": 2048, **options}
+        local = LocalEngine.start(str(folder), tokens=options.pop("max_model_len"), extra=extra, policy=policy, **options)
+        engine = Engine(local.llm, oracle)
         if inside:
             engine.watch()
         engine.ask(list(range(3, 40)))  # from now on it is ready
         yield engine
-        llm.llm_engine.engine_core.shutdown()
-        if inside:
-            ensure_kv_transfer_shutdown()
-        del engine, llm
-        cleanup_dist_env_and_memory()
+        del engine
+        local.close()
 
     return start
 

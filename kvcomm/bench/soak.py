@@ -5,8 +5,9 @@
     tenant     as `reused`, for one of two other tenants
     cancelled  as `reused`, and its client may leave at any time
 
-Few blocks: requests are preempted and resumed. Afterwards a vLLM without kvcomm answers every dense prompt, and the answers
-are compared. What is expected of a run is in `checks`; the exit code is 1 where one of them is false.
+Few blocks: requests are preempted and resumed. Then the same requests, in a process of its own again, go to a vLLM without
+kvcomm: dense answers must be the same, and its memory is what ours is held against. What is expected of a run is in `checks`;
+the exit code is 1 where one of them is false.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ from kvcomm.errors import InputError
 from kvcomm.report import document, dumps, write_json
 from kvcomm.segments import ReuseReport
 
-__all__ = ["LIMITS", "Asked", "Soak", "add_arguments", "distance", "measure", "reuse", "run"]
+__all__ = ["LIMITS", "Asked", "Soak", "Soaked", "add_arguments", "distance", "measure", "reuse", "run"]
 
 KINDS = {"reused": 0.55, "dense": 0.2, "tenant": 0.15, "cancelled": 0.1}
 LIMITS: dict[str, Any] = {
@@ -42,7 +45,6 @@ LIMITS: dict[str, Any] = {
 STORE_TOKENS = 9000  # a third of what the documents of all tenants come to
 AT_ONCE = 10
 SAME = 1e-4  # log-probabilities; engines that batch otherwise differ by about 1e-6
-GROWTH = 64 << 20  # bytes of the process from half the requests on; its allocator takes some
 LEAST = 40  # requests; fewer hold too little of everything
 
 
@@ -59,11 +61,23 @@ class Asked:
     report: ReuseReport | None = None
 
 
+@dataclass(frozen=True)
+class Soaked:
+    """What came of the soak of one engine."""
+
+    asked: list[Asked]
+    resident_bytes: tuple[int | None, int | None]  # of its process, when half of the requests were sent and at the end
+    preemptions: int
+    faults: int
+    version: str
+
+
 class Soak:
-    """Mixed requests for one engine, the same for the same seed but for who is cancelled when."""
+    """Mixed requests for one engine. The same seed sends the same requests; who leaves when depends on the engine's steps."""
 
     def __init__(self, engine: LocalEngine, requests: int, seed: int) -> None:
-        self.engine, self.requests, self.rng = engine, requests, np.random.default_rng(seed)
+        self.engine, self.requests = engine, requests
+        self.rng, self._leave = np.random.default_rng(seed), np.random.default_rng(seed)
         self.asked: dict[str, Asked] = {}  # by the engine's name, in the order they were sent
         self._waiting: set[str] = set()
         self._documents = [self._text(n) for n in self.rng.integers(60, 220, 12)]
@@ -80,7 +94,7 @@ class Soak:
                     self._end(output.request_id, output.outputs[0].finish_reason)
                     _note(self.asked[output.request_id], output)
             leaving = [name for name in self._waiting if self.asked[name].kind == "cancelled"]
-            if leaving and self.rng.random() < 0.3:
+            if leaving and self._leave.random() < 0.3:
                 name = min(leaving, key=int)
                 core.abort_request([name])
                 self._end(name, "cancelled")
@@ -134,84 +148,86 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.requests < LEAST:
         raise InputError(f"--requests is {args.requests}; it must be at least {LEAST}")
     need_vllm()
-    resident: list[int | None] = []
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=args.requests, disable=args.quiet, leave=False) as bar:
+    with tempfile.TemporaryDirectory() as folder:
         model = random_model(args.model, torch.float32).model
         with torch.no_grad():
             for weight in (w for w in model.parameters() if w.dim() > 1):
                 weight.mul_(4.0)  # so that answers depend on everything in the cache
         model.save_pretrained(folder)
         config: Any = model.config
-        per_token = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
-        del model
-
-        def start(*, share: bool, **options: Any) -> LocalEngine:
-            extra = {"store_bytes": STORE_TOKENS * per_token}
-            return LocalEngine.start(folder, dtype="float32", share=share, extra=extra, quiet=args.quiet, **LIMITS, **options)
-
-        def tick(ended: int) -> None:
-            bar.update(ended)
-            if len(soak.asked) >= args.requests // 2 and not resident:
-                resident.append(_resident_bytes())
-
-        engine = start(share=True, disable_log_stats=False)
-        engine.ask([3, 4, 5], new=2)  # from now on it is ready
-        soak = Soak(engine, args.requests, args.seed)
-        asked = soak.run(tick)
-        resident.append(_resident_bytes())
-        preemptions, faults, version = engine.counted("vllm:num_preemptions"), engine.counted("kvcomm:faults"), engine.version
-        engine.close()
-        plain = start(share=False)
-        dense = [a for a in asked if a.kind == "dense"]
-        names = [plain.send(a.ids, new=a.new, logprobs=20) for a in dense]
-        others = plain.drain()
-        plain.close()
+        store_bytes = STORE_TOKENS * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as alone:
+            given = (folder, store_bytes, args.requests, args.seed, args.quiet)
+            ours, plain = (alone.submit(_soaked, share, *given).result() for share in (True, False))
+    asked = ours.asked
     ended = Counter(str(a.ended) for a in asked)
-    worst = max(distance(a, others[n].outputs[0]) for a, n in zip(dense, names, strict=True))
+    worst = max(distance(a, b) for a, b in zip(asked, plain.asked, strict=True) if a.kind == "dense")
     reports = [a.report for a in asked if a.kind == "reused"]
     parts = [reports[i * len(reports) // 20 : (i + 1) * len(reports) // 20] for i in range(20)]
     early, late = (reuse(reports[int(a * len(reports)) : int(b * len(reports))]) for a, b in ((0.05, 0.25), (0.25, 1.0)))
-    half, end = resident
+    grown, grown_plain = (None if None in x else x[1] - x[0] for x in (ours.resident_bytes, plain.resident_bytes))  # type: ignore[operator]
     checks = {
         "every_request_ended_well": ended["length"] + ended["cancelled"] == args.requests,
-        "requests_were_preempted": preemptions > 0,
+        "requests_were_preempted": ours.preemptions > 0,
         "requests_were_cancelled": ended["cancelled"] > 0,
         "dense_answers_are_those_without_kvcomm": worst < SAME,
         "reuse_does_not_decay": late > 0.9 * early,
-        "memory_is_bounded": half is None or end is None or end - half < GROWTH,
+        "memory_is_bounded": grown is None or grown_plain is None or grown < grown_plain + store_bytes,
     }
     return document(
         "kvcomm.bench.soak/1",
-        vllm_version=version,
+        vllm_version=ours.version,
         model=args.model,
         requests=args.requests,
         seed=args.seed,
         kinds=Counter(a.kind for a in asked),
         ended=ended,
-        preemptions=preemptions,
-        faults=faults,
+        preemptions=ours.preemptions,
+        faults=ours.faults,
         dense_worst_logprob_difference=worst,
         reuse_by_twentieth=[reuse(part) for part in parts],
         reuse_early=early,
         reuse_late=late,
-        resident_bytes={"halfway": half, "at_the_end": end},
+        store_bytes=store_bytes,
+        resident_bytes=ours.resident_bytes,
+        resident_bytes_without_kvcomm=plain.resident_bytes,
         checks=checks,
     )
 
 
-def distance(ours: Asked, others: Any) -> float:
-    """How far an answer is from another engine's, which vLLM recorded with log-probabilities: their largest difference over
-    what both say, up to the first token that differs; there, how much less likely the other engine took ours to be than its
-    own (infinite where it did not rank it, or one answer is shorter).
+def _soaked(share: bool, folder: str, store_bytes: int, requests: int, seed: int, quiet: bool) -> Soaked:
+    """In a process of its own."""
+    extra = {"store_bytes": store_bytes}
+    engine = LocalEngine.start(
+        folder, dtype="float32", share=share, extra=extra, quiet=quiet, disable_log_stats=False, **LIMITS
+    )
+    engine.ask([3, 4, 5], new=2)  # from now on it is ready
+    soak, half = Soak(engine, requests, seed), list[int | None]()
+    with tqdm(total=requests, desc="shared" if share else "without kvcomm", disable=quiet, leave=False) as bar:
+
+        def tick(ended: int) -> None:
+            bar.update(ended)
+            if not half and len(soak.asked) >= requests // 2:
+                half.append(_resident_bytes())
+
+        asked = soak.run(tick)
+    preemptions, faults = engine.counted("vllm:num_preemptions"), engine.counted("kvcomm:faults")
+    done = Soaked(asked, (half[0], _resident_bytes()), preemptions, faults, engine.version)
+    engine.close()
+    return done
+
+
+def distance(ours: Asked, others: Asked) -> float:
+    """How far two engines' answers to a request are from each other: the largest difference of the log-probabilities of what
+    they say, up to and with the first token that differs; where that is a tie, both think as much of theirs. Infinite where
+    one answer is shorter.
     """
-    worst: float = 0.0
-    for token, logprob, theirs, at in zip(ours.answer, ours.logprobs, others.token_ids, others.logprobs, strict=False):
-        if token not in at:
-            return float("inf")
-        worst = max(worst, abs(logprob - at[token].logprob))
-        if token != theirs:  # a tie, or a difference
-            return max(worst, float(at[theirs].logprob - at[token].logprob))
-    return worst if len(ours.answer) == len(others.token_ids) else float("inf")
+    worst = 0.0
+    for a, b, x, y in zip(ours.answer, others.answer, ours.logprobs, others.logprobs, strict=False):
+        worst = max(worst, abs(x - y))
+        if a != b:
+            return worst
+    return worst if len(ours.answer) == len(others.answer) else float("inf")
 
 
 def reuse(reports: Sequence[ReuseReport | None]) -> float:

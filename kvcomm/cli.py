@@ -50,6 +50,7 @@ COMMANDS = (
     Command(
         ("bench", "vllm"), "kvcomm.bench.vllm", "time to first token on a real vLLM: dense, prefix cache, shared, exact hit"
     ),
+    Command(("bench", "soak"), "kvcomm.bench.soak", "thousands of mixed requests on a real vLLM: does anything fail or decay?"),
     Command(("bench", "fidelity"), "kvcomm.bench.fidelity.command", "answers under every way of reusing KV, beside dense"),
     Command(
         ("bench", "drift"), "kvcomm.bench.drift", "quality and reuse with anchors while documents change, and over a crash"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvcomm.agents.team import Team, Turn
+from kvcomm.agents.team import Generator, Team, Turn
 from kvcomm.backends.base import Backend
 from kvcomm.config import Config
 from kvcomm.demo.workloads import Task
@@ -19,7 +19,7 @@ from kvcomm.engine import KVComm, Output, Rule
 from kvcomm.segments import ReuseReport
 from kvcomm.tiny import tasks
 
-__all__ = ["ARMS", "Arm", "Call", "arms", "run"]
+__all__ = ["ARMS", "STORE_BYTES", "Arm", "Call", "arms", "run"]
 
 STORE_BYTES = 1 << 29  # per arm: more than the requests that text is shared within
 ARMS = ("dense", "prefix_cache", "shared", "rotate")
@@ -66,7 +66,7 @@ def arms(backend: Backend) -> dict[str, Arm]:
 
 
 def run(
-    generators: Mapping[str, Arm],
+    generators: Mapping[str, Generator],
     teams: Mapping[str, Team],
     requests: Sequence[Task],
     *,

@@ -24,6 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcomm.connectors.local import LocalEngine
 from kvcomm.segments import Plan
 from kvcomm.testing import tiny_random
 from kvcomm.tiny import FOLDER
@@ -225,35 +226,18 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Iter
         inside: bool = True,
         **options: Any,
     ) -> Iterator[Engine]:
-        from vllm import LLM
-        from vllm.config import KVTransferConfig
-        from vllm.distributed import cleanup_dist_env_and_memory
-        from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
-
         folder = tmp_path_factory.mktemp("model")
         oracle = Oracle(random_model(folder, rope))
-        defaults = {
-            "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 32, "max_num_batched_tokens": 2048,
-            "enforce_eager": True, "worker_extension_cls": "kvcomm.connectors.vllm.RunnerHandle",
-        }  # fmt: skip
-        transfer = KVTransferConfig(
-            kv_connector="KVCommConnector",
-            kv_connector_module_path="kvcomm.connectors.vllm",
-            kv_role="kv_both",
-            kv_load_failure_policy=policy,
-            kv_connector_extra_config={"least_gain": 32, **(extra or {})},
-        )
-        llm = LLM(model=str(folder), skip_tokenizer_init=True, seed=0, kv_transfer_config=transfer, **{**defaults, **options})
-        engine = Engine(llm, oracle)
+        options = {"dtype": "float32", "max_model_len": 2048, "max_num_seqs": 32, "max_num_batched_tokens": 2048, **options}
+        extra = {"least_gain": 32, **(extra or {})}
+        local = LocalEngine.start(str(folder), tokens=options.pop("max_model_len"), extra=extra, policy=policy, **options)
+        engine = Engine(local.llm, oracle)
         if inside:
             engine.watch()
         engine.ask(list(range(3, 40)))  # from now on it is ready
         yield engine
-        llm.llm_engine.engine_core.shutdown()
-        if inside:
-            ensure_kv_transfer_shutdown()
-        del engine, llm
-        cleanup_dist_env_and_memory()
+        del engine
+        local.close()
 
     return start
 
@@ -305,6 +289,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
     options = ["--model", str(FOLDER), "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
+    options += ["--kvcomm-config", '{"least_gain": 32}']
     options += ["--max-model-len", "2048", "--host", "127.0.0.1", "--port", str(port)]
     options += ["--enable-auto-tool-choice", "--tool-call-parser", "xlam"]
     options += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']

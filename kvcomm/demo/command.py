@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kvcomm.demo.runner import ARMS
 from kvcomm.demo.summary import summarise
 from kvcomm.demo.workloads import ROLES, SPARE, Task, default_team, make_task, own_questions
 from kvcomm.errors import InputError
+from kvcomm.replay.recording.recorder import Recorder
 from kvcomm.report import document, dumps, write_json
 from kvcomm.tiny import FOLDER
 
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", type=int, default=6, metavar="N", help="documents that every agent reads (default: 6)")
     parser.add_argument("--dtype", default="float32", help="the model's dtype (default: float32)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, metavar="FILE", help="append the dense arm's calls to this file")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -57,8 +60,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ]
     generators = runner.arms(backend)
     _warm_up(generators, teams, make_task(random.Random(~args.seed), names[0], teams[names[0]].agents, 2))
-    with tqdm(total=len(tasks) * len(ARMS), desc="requests x arms", disable=args.quiet, leave=False) as bar:
-        calls = runner.run(generators, teams, tasks, seed=args.seed, tick=bar.update)
+    with (
+        Recorder(args.record) if args.record else nullcontext() as record,
+        tqdm(total=len(tasks) * len(ARMS), desc="requests x arms", disable=args.quiet, leave=False) as bar,
+    ):
+        calls = runner.run(generators, teams, tasks, seed=args.seed, tick=bar.update, record=record)
     summary = summarise(calls)
     return document(
         "kvcomm.demo/1",

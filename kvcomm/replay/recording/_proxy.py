@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, DummyCookieJar, TCPConnector, hdrs, web
-from multidict import CIMultiDict, CIMultiDictProxy
+from aiohttp.typedefs import RawHeaders
+from multidict import CIMultiDict
 from yarl import URL
 
 from kvcomm.replay.recording.exchange import Exchange, is_call
@@ -28,8 +29,7 @@ HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect", "host"}
 )
 ADDED = (hdrs.CONTENT_TYPE, hdrs.DATE, hdrs.SERVER)  # by the server library where the upstream sent none
-THEIRS = "names of the upstream's headers"
-IDLE_S = 2.0  # connections to the upstream are kept less long than servers keep theirs: none is used as it is being closed
+IDLE_S = 2.0  # connections to the upstream are kept for less long than servers keep theirs
 LINE = 1 << 16  # bytes of one header
 BACKLOG = 256 << 20  # bytes of bodies that wait to be written; calls beyond it are lost to the record
 GRACE_S = 2.0  # for answers under way when the recorder is stopped
@@ -47,7 +47,9 @@ async def serve(
     ready: Callable[[int], None],
 ) -> None:
     """Forward until `stop` is set; `ready` is told the port. Every call is written when this returns. Raises OSError."""
-    connector = TCPConnector(limit=0, keepalive_timeout=IDLE_S)
+    # A server may hang up on a connection just as it is used again, and a request that a model may have seen is not sent twice.
+    once = upstream.startswith("http:")  # without encryption a new connection costs next to nothing
+    connector = TCPConnector(limit=0, force_close=True) if once else TCPConnector(limit=0, keepalive_timeout=IDLE_S)
     async with ClientSession(
         connector=connector,
         cookie_jar=DummyCookieJar(),
@@ -126,7 +128,7 @@ class _Proxy:
             async with self.client.request(
                 request.method,
                 URL(self.upstream + exchange.path, encoded=True),
-                headers=_passed_on(request.headers),
+                headers=_passed_on(request.raw_headers),
                 data=_body(request, exchange, copy=call) if request.can_read_body else None,
                 allow_redirects=False,
                 proxy=self.via,
@@ -156,11 +158,18 @@ class _Proxy:
         self.recorder.add(lambda: exchange.records(self.session, self.session_header))
 
 
+class _Theirs(web.StreamResponse):
+    """An answer of the upstream's."""
+
+    def __init__(self, *, status: int, reason: str | None, headers: CIMultiDict[str]) -> None:
+        super().__init__(status=status, reason=reason, headers=headers)
+        self.missing = [name for name in ADDED if name not in headers]
+
+
 async def _pass_on(answer: ClientResponse, request: web.Request, exchange: Exchange, *, copy: bool) -> web.StreamResponse:
     exchange.status = answer.status
     exchange.answer_headers = {name.lower(): value for name, value in answer.headers.items()}
-    response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_passed_on(answer.headers))
-    response[THEIRS] = frozenset(exchange.answer_headers)
+    response = _Theirs(status=answer.status, reason=answer.reason, headers=_passed_on(answer.raw_headers))
     try:
         await response.prepare(request)
         async for piece in answer.content.iter_any():
@@ -189,16 +198,17 @@ async def _body(request: web.Request, exchange: Exchange, *, copy: bool) -> Asyn
         yield piece
 
 
-def _passed_on(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
-    """All headers but those about the connection itself."""
+def _passed_on(raw: RawHeaders) -> CIMultiDict[str]:
+    """All headers but those about the connection itself, their names written as they came."""
+    headers = CIMultiDict((k.decode("utf-8", "surrogateescape"), v.decode("utf-8", "surrogateescape")) for k, v in raw)
     named = {name.strip().lower() for value in headers.getall(hdrs.CONNECTION, ()) for name in value.split(",")}
     return CIMultiDict((k, v) for k, v in headers.items() if k.lower() not in HOP_BY_HOP | named)
 
 
 async def _only_theirs(request: web.Request, response: web.StreamResponse) -> None:
-    """Takes away what the library has added to the upstream's headers."""
-    for name in ADDED:
-        if THEIRS in response and name.lower() not in response[THEIRS]:
+    """Takes away what the library is about to add to the upstream's headers."""
+    if isinstance(response, _Theirs):
+        for name in response.missing:
             response.headers.popall(name, None)
 
 

@@ -52,7 +52,8 @@ def parts(content: object) -> list[dict[str, Any]]:
 
 def prompts(prompt: object) -> list[list[dict[str, Any]]]:
     """The prompts of a completions request, each as the messages it is; token ids are no text and stay away."""
-    several = prompt if isinstance(prompt, list) and all(isinstance(item, str | list) for item in prompt) else [prompt]
+    batch = isinstance(prompt, list) and prompt and all(isinstance(item, str | list) for item in prompt)
+    several = sequence(prompt) if batch else [prompt]
     return [[{"role": "user", "parts": parts(one if isinstance(one, str) else [{"type": "token_ids"}])}] for one in several]
 
 

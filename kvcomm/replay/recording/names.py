@@ -17,7 +17,7 @@ def session(request: Mapping[str, Any], headers: Mapping[str, str], own_header: 
     """The first that there is: the header that the user named, `session_id`, `conversation`, a known header, `default`."""
     conversation = request.get("conversation")
     candidates: Sequence[object] = (
-        headers.get(own_header) if own_header else None,
+        headers.get(own_header.lower()) if own_header else None,
         request.get("session_id"),
         table(conversation).get("id") or conversation,
         *(headers.get(name) for name in SESSION_HEADERS),

@@ -11,8 +11,9 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from kvcomm.replay.readers.base import Problem, Record
 
@@ -24,6 +25,7 @@ HEAD = 1 << 20  # bytes that are looked at to tell lines from a document
 OTLP = ("resourceSpans", "resource_spans", "scopeSpans", "scope_spans", "instrumentationLibrarySpans")
 WRAPPERS = (*OTLP, "spans", "traces", "runs", "child_runs", "data")
 OWN = ("attributes", "messages", "run_type")  # an object with one of these is a record, even where it holds others
+UNPACKING = (EOFError, gzip.BadGzipFile, zlib.error)
 Report = Callable[[Problem], None]
 
 
@@ -31,22 +33,30 @@ def records(path: Path, report: Report) -> Iterator[tuple[Record, str]]:
     """Every record of a file and its place, in file order. Raises OSError where the file cannot be opened."""
     with path.open("rb") as raw:
         zipped = raw.peek(2)[:2] == b"\x1f\x8b"
-        file = _Limited(cast("BinaryIO", gzip.GzipFile(fileobj=raw)) if zipped else raw)
+        file = _Limited(gzip.GzipFile(fileobj=raw) if zipped else raw)
         try:
             found = _lines if _is_lines(file.peek(HEAD)) else _document
             yield from found(file, path.name, report)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        except UNPACKING as e:
             report(Problem(path.name, f"the rest cannot be unpacked: {e}"))
 
 
 class _Limited:
     """A file that is read forwards; what was read since `begin` is bounded when a parser asks for more."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BufferedReader | gzip.GzipFile) -> None:
         self._file, self._head, self._taken = file, b"", 0
+        self._broken: Exception | None = None
 
     def peek(self, size: int) -> bytes:
-        self._head = self._file.read(size).removeprefix(b"\xef\xbb\xbf")
+        parts = []
+        try:
+            while size > 0 and (part := self._file.read1(size)):
+                parts.append(part)
+                size -= len(part)
+        except UNPACKING as e:
+            self._broken = e  # what is there is read first
+        self._head = b"".join(parts).removeprefix(b"\xef\xbb\xbf")
         return self._head
 
     def begin(self) -> None:
@@ -60,14 +70,19 @@ class _Limited:
         if self._taken > MAX_RECORD + 2 * HEAD:
             raise _TooLarge
         head, self._head = self._head[:size], self._head[size:]
-        return head or self._file.read(size)
+        return head or self._rest().read(size)
+
+    def _rest(self) -> BufferedReader | gzip.GzipFile:
+        if self._broken:
+            raise self._broken
+        return self._file
 
     def lines(self) -> Iterator[tuple[bytes, bool]]:
         """Every line and whether it is whole; of one longer than MAX_RECORD there is only the beginning."""
         head = self._head.split(b"\n")
         for line in head[:-1]:
             yield line, True
-        line = head[-1] + self._file.readline(MAX_RECORD)
+        line = head[-1] + self._rest().readline(MAX_RECORD)
         while line:
             whole = line.endswith(b"\n") or len(line) < MAX_RECORD
             yield line, whole

@@ -7,8 +7,8 @@ looking at its other calls (below) is then looked for among fewer of them.
 
 - order: by start time where every call held of the session has one, else as in the file;
 - an agent or session that the call does not name: from the spans around it; an agent that nobody names: by its system message;
-- an output that is not recorded: the assistant's message that follows the same prompt in the agent's next call, or the one
-  new message that another agent reads next.
+- an output that is not recorded: the assistant's message that follows the same prompt in the agent's next call; or what
+  another agent reads under its name; or, without names, the one new message in a conversation that goes on right after it.
 """
 
 from __future__ import annotations
@@ -107,21 +107,33 @@ def _answered(calls: list[Call]) -> list[Call]:
     known: set[str] = set()  # contents of all prompts up to the call
     for i, call in enumerate(calls):
         known.update(m.content for m in call.messages)
-        if not call.answered and (text := _shown(call, calls[i + 1 : i + 1 + SEARCHED], known)) is not None:
+        if not call.answered and (text := _shown(calls, i, known)) is not None:
             out[i] = replace(call, output=text, answered=True)
             known.add(text)
     return out
 
 
-def _shown(call: Call, later: Sequence[Call], known: set[str]) -> str | None:
-    length = len(call.messages)
-    for n, other in enumerate(later):
+def _shown(calls: Sequence[Call], i: int, known: set[str]) -> str | None:
+    call, length = calls[i], len(calls[i].messages)
+    for other in calls[i + 1 : i + 1 + SEARCHED]:
         if other.agent == call.agent:
             if other.messages[:length] == call.messages and len(other.messages) > length:
                 return other.messages[length].content if other.messages[length].role == "assistant" else None
             return None
         new = [m for m in other.messages if m.content not in known and m.role != "system"]
-        said = [m for m in new if m.name == call.agent]
-        if said or (n == 0 and len(new) == 1 and not new[0].name):
-            return (said or new)[0].content
+        if said := [m for m in new if m.name == call.agent]:
+            return said[0].content
+        if other is calls[i + 1] and len(new) == 1 and not new[0].name and _goes_on(other, calls[max(0, i - SEARCHED) : i]):
+            return new[0].content if _as_long(new[0].content, call.extra.get("output_length")) else None
     return None
+
+
+def _goes_on(call: Call, earlier: Sequence[Call]) -> bool:
+    """Does its prompt begin with that of the same agent's last call?"""
+    before = next((c.messages for c in reversed(earlier) if c.agent == call.agent), None)
+    return before is not None and call.messages[: len(before)] == before
+
+
+def _as_long(text: str, tokens: object) -> bool:
+    """Could the text have so many tokens? Yes where it is not known."""
+    return not isinstance(tokens, int) or tokens <= 1.5 * len(text) <= 15 * tokens

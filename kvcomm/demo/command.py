@@ -14,7 +14,7 @@ from kvcomm.agents.team import Team
 from kvcomm.backends.loading import dtype_named, load
 from kvcomm.demo import runner
 from kvcomm.demo.page import page, terminal
-from kvcomm.demo.runner import ARMS
+from kvcomm.demo.runner import ARMS, RECORDED
 from kvcomm.demo.summary import summarise
 from kvcomm.demo.workloads import ROLES, SPARE, Task, default_team, make_task, own_questions
 from kvcomm.errors import InputError
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--record", type=Path, metavar="FILE", help="append the dense arm's calls to this file")
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace, record: Recorder | None = None) -> dict[str, Any]:
     """Runs the demo and returns its JSON document. Raises InputError for flags that cannot be used."""
     most = len(ROLES["math"]) + len(SPARE)
     for name, value, low, high in (
@@ -60,10 +60,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ]
     generators = runner.arms(backend)
     _warm_up(generators, teams, make_task(random.Random(~args.seed), names[0], teams[names[0]].agents, 2))
-    with (
-        Recorder(args.record) if args.record else nullcontext() as record,
-        tqdm(total=len(tasks) * len(ARMS), desc="requests x arms", disable=args.quiet, leave=False) as bar,
-    ):
+    with tqdm(total=len(tasks) * len(ARMS), desc="requests x arms", disable=args.quiet, leave=False) as bar:
         calls = runner.run(generators, teams, tasks, seed=args.seed, tick=bar.update, record=record)
     summary = summarise(calls)
     return document(
@@ -84,7 +81,9 @@ def _warm_up(generators: dict[str, runner.Arm], teams: dict[str, Team], task: Ta
 
 
 def run(args: argparse.Namespace) -> int:
-    doc = measure(args)
+    """1 where a record was asked for and calls are not in it."""
+    with Recorder(args.record) if args.record else nullcontext() as record:
+        doc = measure(args, record)
     if args.format == "json":
         print(dumps(doc))
     else:
@@ -95,4 +94,8 @@ def run(args: argparse.Namespace) -> int:
         (args.output / "demo.html").write_text(page(doc), encoding="utf-8")
         if args.format == "terminal":
             print(f"\nwritten: {args.output / 'demo.json'}, {args.output / 'demo.html'}")
-    return 0
+    if record is not None and args.format == "terminal":
+        print(
+            f"\nrecorded: {record.written} calls of the {RECORDED} arm in {args.record}; kvcomm analyze {args.record} reads them"
+        )
+    return 1 if record is not None and record.lost else 0

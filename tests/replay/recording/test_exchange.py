@@ -5,13 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcomm.replay.calls import Message
+from kvcomm.replay.readers import read_trace
 from kvcomm.replay.recording.exchange import Exchange, is_call
+from kvcomm.replay.recording.recorder import Recorder
 from kvcomm.replay.recording.span import PROBLEM, Record
 
 SECOND = 10**9
@@ -52,11 +56,11 @@ def text(content: str) -> dict[str, str]:
 
 # -- what was asked ---------------------------------------------------------------------------------------------------------
 
-CALLS = [
+CALLS: list[dict[str, Any]] = [
     {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"a":  1}'}},
     {"id": "c2", "type": "custom", "custom": {"name": "run", "input": "x = 1"}},
 ]
-TOOL_CALLS = [
+TOOL_CALLS: list[dict[str, Any]] = [
     {"type": "tool_call", "id": "c1", "name": "look", "arguments": '{"a":  1}'},
     {"type": "tool_call", "id": "c2", "name": "run", "arguments": "x = 1"},
 ]
@@ -136,7 +140,7 @@ def test_a_streamed_chat_answer_is_the_whole_one() -> None:
     usage = {"prompt_tokens": 7, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
     other = {"message": {"role": "assistant", "refusal": "No."}, "finish_reason": "stop"}
     whole = {"id": "a", "model": "m", "usage": usage, "choices": [{"message": message, "finish_reason": "tool_calls"}, other]}
-    cut = [
+    cut: list[dict[str, Any]] = [
         {"index": i, **{k: {**v, "arguments": ""} if k == "function" else v for k, v in c.items()}} for i, c in enumerate(CALLS)
     ]
     cut[1]["custom"] = {"name": "run", "input": ""}
@@ -177,7 +181,7 @@ def test_a_streamed_completion_is_the_whole_one() -> None:
     assert only(exchange(COMPLETIONS, {}, events=events)).answers == only(exchange(COMPLETIONS, {}, whole)).answers
 
 
-ITEMS = [
+ITEMS: list[dict[str, Any]] = [
     {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Hm so."}]},
     {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Café 🍵."}]},
     {"type": "function_call", "call_id": "c1", "name": "look", "arguments": '{"a":  1}'},
@@ -225,6 +229,34 @@ def test_compressed_bodies_are_read(encoding: str) -> None:
     record = only(made)
     assert (record.model, record.attributes["gen_ai.response.id"]) == ("m", "a")
     assert PROBLEM not in record.attributes
+
+
+# -- read again ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_was_written_is_read_again(tmp_path: Path, streamed: bool) -> None:
+    """Through `read_trace`: the calls of both APIs, their sessions, agents and words."""
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?", "name": "clerk"}]
+    message = {"role": "assistant", "content": "Me.", "tool_calls": CALLS[:1]}
+    whole = {"choices": [{"message": message}]}
+    events = pieces({"index": 0}, {"content": "M"}, {"content": "e."}, {"tool_calls": [{"index": 0, **CALLS[0]}]}, last={})
+    chat = exchange(CHAT, {"messages": asked, "session_id": "s"}, whole, events if streamed else None)
+    response = {"status": "completed", "output": ITEMS[1:]}
+    asked_again = {"instructions": "Be brief.", "input": "Who?", "session_id": "s"}
+    responses = exchange(RESPONSES, asked_again, response, streamed_items()[3:] if streamed else None)
+    responses.started_ns += SECOND
+    with Recorder(tmp_path / "t.jsonl") as recorder:
+        recorder.add(lambda: chat.records("default", None))
+        recorder.add(lambda: responses.records("default", None))
+    first, second = read_trace(tmp_path / "t.jsonl", strict=True)
+    system = Message("system", "Be brief.")
+    assert first.messages == (system, Message("user", "Who?", "clerk"))
+    assert second.messages == (system, Message("user", "Who?"))
+    call = '{"name": "look", "arguments": {"a": 1}}'
+    assert (first.output, second.output) == (f"Me.\n{call}", f"Café 🍵.\n{call}")
+    assert first.agent == second.agent
+    assert (first.session, first.started, first.ended, second.started) == ("s", 1.0, 3.0, 2.0)
 
 
 # -- the rest of a span -----------------------------------------------------------------------------------------------------
@@ -341,7 +373,7 @@ def test_sessions(asked: dict[str, Any], headers: dict[str, str], session: str) 
 
 def test_agents() -> None:
     system = {"role": "system", "content": "You are the critic."}
-    said = {
+    said: dict[str, Any] = {
         "messages": [{**system, "name": "n"}],
         "kv_transfer_params": {"kvcomm": {"agent": "k"}},
         "vllm_xargs": {"kvcomm_agent": "x"},

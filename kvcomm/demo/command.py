@@ -95,7 +95,5 @@ def run(args: argparse.Namespace) -> int:
         if args.format == "terminal":
             print(f"\nwritten: {args.output / 'demo.json'}, {args.output / 'demo.html'}")
     if record is not None and args.format == "terminal":
-        print(
-            f"\nrecorded: {record.written} calls of the {RECORDED} arm in {args.record}; kvcomm analyze {args.record} reads them"
-        )
+        print(f"\nrecorded: {record.written} calls of the {RECORDED} arm in {args.record}")
     return 1 if record is not None and record.lost else 0

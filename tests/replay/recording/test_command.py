@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,8 @@ import pytest
 
 from kvcomm.cli import main
 from kvcomm.replay.readers import read_trace
+from kvcomm.replay.recording.exchange import LIMIT
+from kvcomm.replay.recording.names import SESSION_HEADERS
 
 if TYPE_CHECKING:
     from tests.replay.recording.conftest import Seen, Wire
@@ -148,3 +151,18 @@ def test_without_aiohttp(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
 def test_a_file_that_cannot_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["record", "--upstream", "http://127.0.0.1:9/v1", "--port", "0", "--output", str(tmp_path)]) == 1
     assert "Is a directory" in capsys.readouterr().err
+
+
+def test_the_page_about_recording_is_true(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It names every flag and header, and all that a record may say of a failure."""
+    page = (checkout / "docs" / "record.md").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["record", "--help"])
+    flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help", "--quiet"}
+    assert {flag for flag in flags if f"`{flag}" not in page and f" {flag} " not in page} == set()
+    assert all(f"`{name}`" in page.lower() for name in SESSION_HEADERS)
+    source = "".join((checkout / "kvcomm" / "replay" / "recording" / name).read_text() for name in ("_proxy.py", "exchange.py"))
+    said = re.findall(r'"((?:upstream|client|recorder)_[a-z_]+)"', source)
+    assert len(said) >= 4
+    assert all(f"`{word}`" in page for word in said)
+    assert f"{LIMIT >> 20} MiB" in page

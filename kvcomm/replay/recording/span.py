@@ -83,6 +83,8 @@ class Record:
         }.items():
             if value:
                 said[name] = json.dumps(list(value), ensure_ascii=False)
+        if reasons := [answer["finish_reason"] for answer in self.answers if "finish_reason" in answer]:
+            said["gen_ai.response.finish_reasons"] = reasons
         if self.error:
             said["error.type"] = self.error
         return {

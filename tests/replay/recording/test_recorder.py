@@ -58,7 +58,7 @@ FULL = record(
 def test_a_line_is_an_otlp_document() -> None:
     """Written out once, as the Collector's file exporter would have it."""
     made = record(
-        answers=[{"role": "assistant", "parts": []}],
+        answers=[{"role": "assistant", "parts": [], "finish_reason": "stop"}],
         attributes={"a": True, "b": 2, "c": 0.5, "d": ["x"]},
         error="429",
         reason="slow",
@@ -82,7 +82,11 @@ def test_a_line_is_an_otlp_document() -> None:
                 "key": "gen_ai.input.messages",
                 "value": {"stringValue": '[{"role": "user", "parts": [{"type": "text", "content": "Who?"}]}]'},
             },
-            {"key": "gen_ai.output.messages", "value": {"stringValue": '[{"role": "assistant", "parts": []}]'}},
+            {
+                "key": "gen_ai.output.messages",
+                "value": {"stringValue": '[{"role": "assistant", "parts": [], "finish_reason": "stop"}]'},
+            },
+            {"key": "gen_ai.response.finish_reasons", "value": {"arrayValue": {"values": [{"stringValue": "stop"}]}}},
             {"key": "error.type", "value": {"stringValue": "429"}},
             {"key": "a", "value": {"boolValue": True}},
             {"key": "b", "value": {"intValue": "2"}},

@@ -41,6 +41,7 @@ FREE = ("__init__", "testing")  # the facade, whose imports are lazy, and the fa
 
 CORE = {
     "faiss",
+    "ijson",
     "jinja2",
     "msgpack",
     "numpy",
@@ -54,11 +55,13 @@ CORE = {
 }
 OPTIONAL = {  # who may name a package that a bare install does not have, and then only inside a function
     "connectors": {"prometheus_client", "vllm"},
+    "replay": {"aiohttp", "multidict", "yarl"},
     "agents": {"agents", "langchain_core", "langchain_huggingface", "langgraph", "smolagents"},
     "store": {"mooncake", "redis"},
 }
 WITH_THEM_ALONE: dict[tuple[str, ...], set[str]] = {
-    ("connectors", "_vllm"): {"vllm"}
+    ("connectors", "_vllm"): {"vllm"},
+    ("replay", "recording", "_proxy"): {"aiohttp", "multidict", "yarl"},
 }  # private modules that derive from classes of such a package
 
 
@@ -169,6 +172,7 @@ def test_the_reader_of_imports_sees_them(tmp_path: Path, monkeypatch: pytest.Mon
         "kvcomm.connectors.vllm",
         "kvcomm.doctor",
         "kvcomm.matching",
+        "kvcomm.replay.recording.command",
         "kvcomm.report",
         "kvcomm.segments",
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from kvcomm.agents.team import Generator, Team
 from kvcomm.backends.loading import dtype_named, load
 from kvcomm.demo import on_vllm, runner
 from kvcomm.demo.page import page, terminal
+from kvcomm.demo.runner import RECORDED
 from kvcomm.demo.summary import summarise
 from kvcomm.demo.workloads import ROLES, SPARE, Task, default_team, make_task, own_questions
 from kvcomm.errors import InputError
+from kvcomm.replay.recording.recorder import Recorder
 from kvcomm.report import document, dumps, write_json
 from kvcomm.tiny import FOLDER
 
@@ -38,9 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="float32", help="the model's dtype (default: float32)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, metavar="FILE", help="append the dense arm's calls to this file")
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace, record: Recorder | None = None) -> dict[str, Any]:
     """Runs the demo and returns its JSON document. Raises InputError for flags that cannot be used."""
     most = len(ROLES["math"]) + len(SPARE)
     for name, value, low, high in (
@@ -61,7 +64,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with _arms(args) as generators:
         _warm_up(generators, teams, make_task(random.Random(~args.seed), names[0], teams[names[0]].agents, 2))
         with tqdm(total=len(tasks) * len(generators), desc="requests x arms", disable=args.quiet, leave=False) as bar:
-            calls = runner.run(generators, teams, tasks, seed=args.seed, tick=bar.update)
+            calls = runner.run(generators, teams, tasks, seed=args.seed, tick=bar.update, record=record)
     summary = summarise(calls)
     return document(
         "kvcomm.demo/1",
@@ -93,7 +96,9 @@ def _warm_up(generators: Mapping[str, Generator], teams: dict[str, Team], task: 
 
 
 def run(args: argparse.Namespace) -> int:
-    doc = measure(args)
+    """1 where a record was asked for and calls are not in it."""
+    with Recorder(args.record) if args.record else nullcontext() as record:
+        doc = measure(args, record)
     if args.format == "json":
         print(dumps(doc))
     else:
@@ -104,4 +109,6 @@ def run(args: argparse.Namespace) -> int:
         (args.output / "demo.html").write_text(page(doc), encoding="utf-8")
         if args.format == "terminal":
             print(f"\nwritten: {args.output / 'demo.json'}, {args.output / 'demo.html'}")
-    return 0
+    if record is not None and args.format == "terminal":
+        print(f"\nrecorded: {record.written} calls of the {RECORDED} arm in {args.record}")
+    return 1 if record is not None and record.lost else 0

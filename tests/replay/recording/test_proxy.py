@@ -339,7 +339,10 @@ def test_the_openai_client(wire: Wire) -> None:
 
     def use(url: str) -> list[object]:
         found: list[object] = []
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="sk-secret", max_retries=0) as client:
+        with (
+            openai.DefaultHttpxClient(headers={"Connection": "close"}) as http,  # this upstream answers once, without saying so
+            openai.OpenAI(base_url=f"{url}/v1", api_key="sk-secret", max_retries=0, http_client=http) as client,
+        ):
             chat = client.chat.completions
             messages = ASKED["messages"]
             found.append(chat.create(model="m", messages=messages, tools=[TOOL], extra_body={"session_id": "s"}).to_dict())

@@ -23,7 +23,7 @@ from kvcomm.replay.readers.base import Around
 
 __all__ = ["HELD_BYTES", "IDLE", "in_sessions"]
 
-IDLE = 4096  # records of other sessions after which a session is over
+IDLE = 1024  # records of other sessions after which a session is over
 HELD_BYTES = 32 << 20  # of text and bookkeeping in all sessions held, about
 AROUND = 65536  # spans around calls that are remembered
 OVERHEAD = 200  # bytes of a message or a call beside its text, about

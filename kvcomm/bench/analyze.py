@@ -121,12 +121,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"agents in group chats, {AGENTS} in a session, {TURNS} calls each; tokens: {doc['tokenizer']}; one process each")
         print(
-            f"{'sessions':>9} {'trace':>10} {'prompt tokens':>14} {'time':>9} {'tokens/s':>11} {'per CPU s':>11} {'peak memory':>12}"
+            f"{'sessions':>9} {'trace':>10} {'prompt tokens':>14} {'time':>9} {'tokens/s':>10} {'per CPU s':>10} {'memory':>9}"
         )
         for t in doc["traces"]:
+            size, memory = t["bytes"] / 1e6, t["peak_memory_bytes"] / 1e6
             print(
-                f"{t['sessions']:>9,} {t['bytes'] / 1e6:>7,.1f} MB {t['prompt_tokens']:>14,} {t['s']:>7.1f} s "
-                f"{t['prompt_tokens_per_s']:>9,.0f} {t['prompt_tokens_per_cpu_s']:>9,.0f} {t['peak_memory_bytes'] / 1e6:>9,.1f} MB"
+                f"{t['sessions']:>9,} {size:>7,.1f} MB {t['prompt_tokens']:>14,} {t['s']:>7.1f} s "
+                f"{t['prompt_tokens_per_s']:>10,.0f} {t['prompt_tokens_per_cpu_s']:>10,.0f} {memory:>6,.0f} MB"
             )
         print(f"{doc['factor']} times the trace takes {doc['memory_of_longer_over_shorter']:.2f} times the memory")
     if args.output:

@@ -113,7 +113,7 @@ def test_terminal_says_what_the_document_says(hand: Write, calls: list[Call], tm
     for said in (
         "2 sessions, 12 calls, 3 agents",
         "an estimate",
-        "1 records were left out, the first: trace.jsonl:13",
+        "1 record was left out, the first: trace.jsonl:13",
         "agent-2",
     ):
         assert said in out

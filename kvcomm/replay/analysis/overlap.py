@@ -118,7 +118,7 @@ class Session:
         lengths = np.array([len(m.content) for m in messages], dtype=np.int64)
         ends = np.cumsum(lengths + 1)
         behind = np.minimum(lengths, np.maximum(ends - prefix, 0))
-        found = (_others(self._messages.holders(hashes[:-1]), me) != 0) & (lengths >= self.min_run)
+        found = (_others(self._messages.holders(hashes[:-1]), me) != 0) & (behind >= self.min_run)
         self._messages.add(hashes, me)
         return int(behind[found].sum())
 

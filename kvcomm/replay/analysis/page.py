@@ -25,7 +25,8 @@ CLASSES = (
 )
 SHOWN = 12  # agents and pairs in the terminal
 SIDE = 9  # agents on each side of the flow; the others are added up
-WIDE, GAP, BAND = 300, 9, 240  # pixels of the flow: between the sides, between agents, of all tokens
+WIDE, GAP, BAND = 220, 9, 240  # pixels of the flow: between the sides, between agents, of all tokens
+LETTER, LONGEST = 7, 30  # pixels and letters of a name
 
 
 def terminal(doc: dict[str, Any]) -> str:
@@ -90,7 +91,9 @@ def notes(doc: dict[str, Any]) -> list[str]:
     if read["calls_without_agent"]:
         said.append(f"{read['calls_without_agent']:,} calls name no agent: they are told apart by their system message")
     if read["sessions_begun_anew"]:
-        said.append(f"a session was too large to be remembered whole and was begun anew {read['sessions_begun_anew']:,} times")
+        said.append(
+            f"sessions were too many or too large to be remembered: {read['sessions_begun_anew']:,} times one was begun anew"
+        )
     said.append("a prefix cache is taken to forget nothing within a session; where yours does, sharing is worth more")
     return said
 
@@ -134,6 +137,9 @@ class Flow:
     readers: list[Side]
     bands: list[Band]
     height: float
+    left: float  # room for the names of each side
+    right: float
+    wide: float = WIDE
 
 
 def _flow(pairs: Sequence[dict[str, Any]]) -> Flow | None:
@@ -172,7 +178,8 @@ def _flow(pairs: Sequence[dict[str, Any]]) -> Flow | None:
             f"C{mid:.0f},{b + thick:.1f} {mid:.0f},{a + thick:.1f} 0,{a + thick:.1f} Z"
         )
         bands.append(Band(path, colours[source], f"{reader} reads {tokens:,} tokens that {source} had first"))
-    return Flow(sides[0], sides[1], bands, max(s[-1].y + s[-1].height for s in sides) + 16)
+    left, right = (20 + LETTER * min(LONGEST, max(len(s.name) for s in side)) for side in sides)
+    return Flow(sides[0], sides[1], bands, max(s[-1].y + s[-1].height for s in sides) + 16, left, right)
 
 
 def _column(counts: Counter[tuple[str, str]], side: int) -> list[str]:

@@ -17,6 +17,7 @@ __all__ = ["OTHERS", "Agent", "Totals", "quantile"]
 
 OPEN = 64  # sessions; they come one after the other, unless many that are large are interleaved
 KNOWN_BYTES = 256 << 20  # of their tables
+DROPPED = 1 << 16  # names of dropped sessions that are remembered
 NAMES = 1000  # agents that are told apart in the result
 OTHERS = "(others)"
 
@@ -63,15 +64,18 @@ class Totals:
     sessions: int = 0
     unanswered: int = 0  # calls of which the trace does not say what was answered
     unnamed: int = 0  # calls of agents that nobody names
-    forgotten: int = 0  # times that a session became too large and was begun anew
+    forgotten: int = 0  # times that a session went on after it had been dropped, and was begun anew
     _open: OrderedDict[str, Session] = field(default_factory=OrderedDict)  # the longest silent first
+    _dropped: OrderedDict[str, None] = field(default_factory=OrderedDict)
     _nbytes: int = 0
 
     def add(self, call: Call) -> Overlap:
         session = self._open.pop(call.session, None)
         if session is None:
             session = Session(self.min_run)
-            self.sessions += 1
+            known = call.session in self._dropped
+            self.sessions += not known
+            self.forgotten += known
         else:
             self._nbytes -= session.nbytes
         messages = [self.tokens.of(m) for m in call.messages]
@@ -79,9 +83,11 @@ class Totals:
         self._open[call.session] = session
         self._nbytes += session.nbytes
         while len(self._open) > OPEN or self._nbytes > KNOWN_BYTES:
-            _, dropped = self._open.popitem(last=False)
+            name, dropped = self._open.popitem(last=False)
             self._nbytes -= dropped.nbytes
-            self.forgotten += dropped is session  # any other is most likely over
+            self._dropped[name] = None
+            if len(self._dropped) > DROPPED:
+                self._dropped.popitem(last=False)
         self.all.add(overlap)
         self._agent(call.agent).add(overlap)
         for source, count in overlap.sources.items():

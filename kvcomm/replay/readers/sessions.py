@@ -103,6 +103,8 @@ def _named(call: Call, spans: Spans) -> Call:
 
 def _answered(calls: list[Call]) -> list[Call]:
     """With outputs that the trace does not record but later prompts show."""
+    if all(c.answered for c in calls):
+        return calls
     out = list(calls)
     known: set[str] = set()  # contents of all prompts up to the call
     for i, call in enumerate(calls):

@@ -171,6 +171,8 @@ def test_the_reader_of_imports_sees_them(tmp_path: Path, monkeypatch: pytest.Mon
         "kvcomm.connectors.vllm",
         "kvcomm.doctor",
         "kvcomm.matching",
+        "kvcomm.replay.analysis.command",
+        "kvcomm.replay.readers",
         "kvcomm.report",
         "kvcomm.segments",
     ],

@@ -102,7 +102,7 @@ def _is_lines(head: bytes) -> bool:
     starts = [line for line in whole if line.startswith(b"{")]
     if not starts:
         return head.lstrip()[:1] not in (b"[", b"{")
-    return any(isinstance(_parsed(line), dict) for line in starts[:8])
+    return any(isinstance(_parsed(line), dict) for line in starts)
 
 
 def _parsed(line: bytes) -> Any:

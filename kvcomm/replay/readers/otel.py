@@ -64,7 +64,11 @@ class Span:
             started=self.started,
             ended=self.ended,
             where=where,
-            extra={"trace": self.trace, "model": name_in(self.attributes, "gen_ai.request.model", "llm.model_name")},
+            extra={
+                "trace": self.trace,
+                "model": name_in(self.attributes, "gen_ai.request.model", "llm.model_name"),
+                "tools": decoded(self.attributes.get("gen_ai.tool.definitions")),
+            },
         )
 
 
@@ -88,7 +92,8 @@ class OTel:
         prompt, answer = prompt or old_prompt or _indexed(said), answer if answer is not None else old_answer
         operation = said.get("gen_ai.operation.name")
         if operation in CALL and not prompt:
-            raise BadRecord(f"a call ({operation}) without its messages: most instrumentations record them only when told to")
+            why = said.get("kvcomm.record.problem", "most instrumentations record them only when told to")
+            raise BadRecord(f"a call ({operation}) without its messages: {why}")
         if operation in NO_CALL or not prompt:
             return span.around()
         told = said.get("gen_ai.system_instructions")

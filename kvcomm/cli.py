@@ -46,6 +46,11 @@ class Command:
 
 COMMANDS = (
     Command(("demo",), "kvcomm.demo.command", "a five-agent team answers real tasks, dense beside shared"),
+    Command(
+        ("analyze",),
+        "kvcomm.replay.analysis.command",
+        "what of recorded prompts could be reused, and how; no model",
+    ),
     Command(("bench", "ttft"), "kvcomm.bench.ttft", "time to first token of each agent: dense, prefix cache, shared, limit"),
     Command(
         ("bench", "vllm"), "kvcomm.bench.vllm", "time to first token on a real vLLM: dense, prefix cache, shared, exact hit"
@@ -58,6 +63,7 @@ COMMANDS = (
     Command(("bench", "anchors"), "kvcomm.bench.anchors", "what match, estimate and apply cost beside dense prefill"),
     Command(("bench", "predictors"), "kvcomm.bench.fidelity.predictors", "which sign tells that reuse would change an answer"),
     Command(("bench", "pool"), "kvcomm.bench.pool", "search among 10,000 to 1,000,000 anchor tokens: time, recall, bytes"),
+    Command(("bench", "analyze"), "kvcomm.bench.analyze", "how fast traces are analyzed, and in how much memory"),
     Command(("vllm",), "kvcomm.connectors.serve", "vLLM's OpenAI server with the connector; other options are vLLM's", True),
     Command(("record",), "kvcomm.replay.recording.command", "pass an OpenAI API through, and write every call down"),
     Command(("doctor",), "kvcomm.doctor", "what is installed, what can be used here, what is missing"),

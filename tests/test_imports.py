@@ -172,6 +172,8 @@ def test_the_reader_of_imports_sees_them(tmp_path: Path, monkeypatch: pytest.Mon
         "kvcomm.connectors.vllm",
         "kvcomm.doctor",
         "kvcomm.matching",
+        "kvcomm.replay.analysis.command",
+        "kvcomm.replay.readers",
         "kvcomm.replay.recording.command",
         "kvcomm.report",
         "kvcomm.segments",

@@ -179,7 +179,14 @@ class Engine:
 
         self.desk.finished = noting
 
-    def ask(self, *prompts: Sequence[int], new: int = 8, salts: Sequence[str | None] = (), **kvcomm: Any) -> list[Any]:
+    def ask(
+        self,
+        *prompts: Sequence[int],
+        new: int = 8,
+        salts: Sequence[str | None] = (),
+        adapter: Any = None,
+        **kvcomm: Any,
+    ) -> list[Any]:
         """All at once; outputs in order. `kvcomm` is what the requests say to the connector."""
         from vllm import SamplingParams
 
@@ -189,7 +196,7 @@ class Engine:
                 given["cache_salt"] = salt
         extra = {"extra_args": {"kv_transfer_params": {"kvcomm": kvcomm}}} if kvcomm else {}
         params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, logprobs=20, **extra)
-        outputs: list[Any] = self.llm.generate(inputs, params, use_tqdm=False)
+        outputs: list[Any] = self.llm.generate(inputs, params, use_tqdm=False, lora_request=adapter)
         return outputs
 
     def plan(self, output: Any) -> Plan:

@@ -62,7 +62,8 @@ def test_answers_are_those_of_dense_and_of_the_library(start_engine: Callable[..
                         comm.prefill(content)
                     own = comm.generate(question.messages, agent=question.agent, max_new_tokens=32, do_sample=False)
                     assert (own.report.fallback, own.text) == (served[-1]["fallback"], answer)
-                    assert abs(own.report.reused_tokens - served[-1]["reused_tokens"]) < 0.05 * len(ids)
+                    more = served[-1]["reused_tokens"] - own.report.reused_tokens  # vLLM's own prefix cache helps
+                    assert more > -0.05 * len(ids)
             if anchors == "alone":
                 reused = [s["reused_tokens"] / s["prompt_tokens"] for s in served if s["fallback"] is None]
                 assert len(reused) >= 10

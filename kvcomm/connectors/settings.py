@@ -22,6 +22,7 @@ class Wish:
 
     who: Who
     mode: Mode
+    prefill: bool = False  # its prompt is a text to be computed alone and kept, for whoever reads it
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Settings:
         return cls(config, **{"mode": config.mode, **given})
 
     def wish(self, asked: Mapping[str, Any], tenant: str) -> Wish:
-        """What a request's own words (`mode`, `agent`, `rule`), its agent's settings and the process's come to: the most
-        cautious of the three modes, and rule `exact` where request or agent asks for it. Raises InputError.
+        """What a request's own words (`mode`, `agent`, `rule`, `prefill`), its agent's settings and the process's come to: the
+        most cautious of the three modes, and rule `exact` where request or agent asks for it. Raises InputError.
         """
         agent = str(asked.get("agent", ""))
         of_agent = self.agents.get(agent, {})
@@ -72,7 +73,10 @@ class Settings:
             _check_mode(mode, "mode")
         rules: set[Any] = {of_agent.get("rule", "auto"), asked.get("rule", "auto")}
         rule: Rule = (rules - {"auto", "exact"} or (rules & {"exact"}) or {"auto"}).pop()
-        return Wish(Who(agent, rule, tenant), min(modes, key=get_args(Mode).index))
+        prefill = asked.get("prefill", False)
+        if prefill not in (False, True):
+            raise InputError(f"prefill is {prefill!r}; use true or false")
+        return Wish(Who(agent, rule, tenant), min(modes, key=get_args(Mode).index), bool(prefill))
 
 
 def _check_mode(mode: object, what: str) -> None:

@@ -2,8 +2,8 @@
 
 Written against 0.32 and tried there alone. Uses: the names of a request's fields, `Request.block_hashes` (salt), the worker's
 attribute `model_runner` (handle), its `attn_groups` and their metadata builders, `CommonAttentionMetadata`,
-`set_forward_context`, the model's call, `do_kv_cache_update` (drafters inside vLLM use the same six to run a forward); to fold
-tokens into the engine's own forward, the runner's input buffers and the forward's context.
+`set_forward_context`, the model's call, `do_kv_cache_update` (drafters inside vLLM use the same six to run a forward); the
+model's `embed_input_ids`; to fold tokens into the engine's own forward, the runner's input buffers and the forward's context.
 """
 
 from __future__ import annotations
@@ -229,6 +229,11 @@ class Runner:
             torch.cpu._init_amx()  # asks the kernel for the tiles; else a forward before the engine's first one is killed
         self.max_tokens = int(self._config.scheduler_config.max_num_batched_tokens)
         self.max_rows = int(self._config.scheduler_config.max_num_seqs)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[n] (int64) -> [n, channels]. Not for a vocabulary that is spread over ranks."""
+        embedded: Tensor = self._runner.model.embed_input_ids(ids.to(self.device))
+        return embedded
 
     @torch.inference_mode()
     def forward(self, rows: Rows) -> None:

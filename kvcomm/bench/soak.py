@@ -40,7 +40,7 @@ __all__ = ["LIMITS", "Asked", "Soak", "Soaked", "add_arguments", "distance", "me
 KINDS = {"reused": 0.55, "dense": 0.2, "tenant": 0.15, "cancelled": 0.1}
 LIMITS: dict[str, Any] = {
     "num_gpu_blocks_override": 15,
-    "max_num_seqs": 8,
+    "max_num_seqs": 32,
     "tokens": 1024,
 }  # blocks for about two of the requests
 STORE_TOKENS = 9000  # a third of what the documents of all tenants come to

@@ -55,6 +55,7 @@ CORE = {
 OPTIONAL = {  # who may name a package that a bare install does not have, and then only inside a function
     "bench": {"vllm"},
     "connectors": {"prometheus_client", "vllm"},
+    "replay": {"vllm"},
     "agents": {"agents", "langchain_core", "langchain_huggingface", "langgraph", "smolagents"},
     "store": {"mooncake", "redis"},
 }

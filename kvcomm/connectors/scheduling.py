@@ -214,7 +214,7 @@ class Desk:
         who = state.wish.who
         found = self.index.find(state.ids, fingerprint=self._fingerprint, tenant=who.tenant)
         state.times.matched = perf_counter()
-        state.known = make_plan(len(state.ids), found, self._settings.config, who.rule)
+        state.known = make_plan(len(state.ids), found, state.wish.config, who.rule)
         state.times.planned = perf_counter()
         if not state.known.spans:
             return None

@@ -41,6 +41,7 @@ FREE = ("__init__", "testing")  # the facade, whose imports are lazy, and the fa
 
 CORE = {
     "faiss",
+    "ijson",
     "jinja2",
     "msgpack",
     "numpy",

@@ -30,7 +30,8 @@ class Call:
     output: str  # what it wrote; tool calls as their JSON
     id: str = ""  # the trace's own name of it
     parent: str | None = None  # id of the call or span that it was made in
-    started: float | None = None  # seconds since the epoch
+    started: float | None = None  # seconds since the epoch, or since the trace began
     ended: float | None = None
     where: str = ""  # file:line, for messages about it
     extra: Mapping[str, object] = field(default_factory=dict)  # model, recorded token counts: never needed
+    answered: bool = True  # False: the trace does not say what the model wrote, and `output` is empty

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from kvcomm._version import __version__
 from kvcomm.errors import InputError
-from kvcomm.replay.calls import Call
 from kvcomm.replay.graph import Turn, order
 from kvcomm.replay.policies import POLICIES, named
+from kvcomm.replay.readers import Trace, read_trace
 from kvcomm.replay.results import Log, Row, write_csv
 from kvcomm.report import document, dumps, write_json
 from kvcomm.tiny import FOLDER
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 BACKENDS = ("hf", "vllm")
+WRITTEN = ("calls.jsonl", "calls.csv", "replay.json", "replay.html")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    turns, problems = _turns(args)
+    turns, trace = _turns(args)
     with _player(args) as player:
-        rows, doc = _replay(args, turns, problems, player)
+        rows, doc = _replay(args, turns, trace, player)
     if args.output:
         _write(args.output, rows, doc)
     if args.format == "json":
@@ -81,27 +82,20 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(row.skipped and row.skipped.startswith("failed") for row in rows) else 0
 
 
-WRITTEN = ("calls.jsonl", "calls.csv", "replay.json", "replay.html")
-
-
-def _turns(args: argparse.Namespace) -> tuple[list[Turn], list[str]]:
+def _turns(args: argparse.Namespace) -> tuple[list[Turn], Trace]:
     """The calls in order, and what of the trace could not be read. Raises InputError where there is nothing to replay."""
     for name, least in {"sessions": 1, "positions": 1, "max_new_tokens": 1, "context": 2}.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-    calls, problems = read(args.trace, strict=args.strict)
-    turns = order(calls)
+    trace = read_trace(args.trace, strict=args.strict)
+    turns = order(trace)
     if args.sessions is not None:
         first = list(dict.fromkeys(turn.call.session for turn in turns))[: args.sessions]
         turns = [turn for turn in turns if turn.call.session in first]
     if not turns:
-        raise InputError(f"{args.trace} has no calls that can be replayed" + (f"; {problems[0]}" if problems else ""))
-    return turns, problems
-
-
-def read(path: Path, *, strict: bool) -> tuple[list[Call], list[str]]:
-    raise NotImplementedError
+        raise InputError(f"{args.trace} has no calls")
+    return turns, trace
 
 
 @contextmanager
@@ -128,9 +122,7 @@ def _player(args: argparse.Namespace) -> Iterator[Player]:
     yield HFPlayer(backend, args.positions)
 
 
-def _replay(
-    args: argparse.Namespace, turns: list[Turn], problems: list[str], player: Player
-) -> tuple[list[Row], dict[str, Any]]:
+def _replay(args: argparse.Namespace, turns: list[Turn], trace: Trace, player: Player) -> tuple[list[Row], dict[str, Any]]:
     from kvcomm.replay.runner import Options, replay, warm_up
     from kvcomm.replay.summary import summarise
 
@@ -165,8 +157,9 @@ def _replay(
         context_tokens=player.limit,
         resumed_calls=resumed,
         about={policy.name: policy.about for policy in policies},
-        unread=len(problems),
-        unread_first=problems[:10],
+        formats=dict(trace.formats),
+        unread=trace.skipped,
+        unread_first=[str(problem) for problem in trace.problems],
         wording=dict(player.wording.done),
         **summarise(rows, names),
     )

@@ -32,7 +32,7 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
         for policy in (
             Policy("dense", "every prompt computed; what the others are compared with", {"mode": "off"}),
             Policy("prefix", "exact prefixes alone, as a prefix cache reuses them", rule="exact"),
-            Policy("rotate", "moved keys are rotated, nothing is repaired", {**NO_ANCHORS, "rung": "rotate", "max_recompute": 1.0}),
+            Policy("rotate", "keys are rotated, nothing is repaired", {**NO_ANCHORS, "rung": "rotate", "max_recompute": 1.0}),
             Policy("boundary", "rotated, and the edges of moved text computed again", {**NO_ANCHORS, "rung": "boundary"}),
             Policy("anchor", "moved text waits for anchors, and is corrected where they say so", {"anchors": "all"}),
             Policy("auto", "what kvcomm does when nobody says anything"),

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from kvcomm._version import __version__
 from kvcomm.errors import InputError
 from kvcomm.replay.graph import Turn, order
-from kvcomm.replay.policies import POLICIES, named
+from kvcomm.replay.policies import POLICIES, Policy, named
 from kvcomm.replay.readers import Trace, read_trace
 from kvcomm.replay.results import Log, Row, write_csv
 from kvcomm.report import document, dumps, write_json
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-BACKENDS = ("hf", "vllm")
+OFFERED = {"hf": tuple(POLICIES), "vllm": tuple(name for name in POLICIES if name != "anchor")}  # backend -> policies
 WRITTEN = ("calls.jsonl", "calls.csv", "replay.json", "replay.html")
 
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default=str(FOLDER), metavar="ID", help="Hugging Face id or folder (default: the embedded model)"
     )
-    parser.add_argument("--backend", choices=BACKENDS, default="hf", help="what runs the model (default: hf)")
+    parser.add_argument("--backend", choices=tuple(OFFERED), default="hf", help="what runs the model (default: hf)")
     parser.add_argument(
         "--policies",
         metavar="LIST",
@@ -64,8 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     turns, trace = _turns(args)
+    policies = named(",".join(OFFERED[args.backend]) if args.policies is None else args.policies, OFFERED[args.backend])
     with _player(args) as player:
-        rows, doc = _replay(args, turns, trace, player)
+        rows, doc = _replay(args, turns, trace, policies, player)
     if args.output:
         _write(args.output, rows, doc)
     if args.format == "json":
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if not doc["calls_served"]:
         reason = next(row.skipped for row in rows if row.skipped)
         raise InputError(f"none of the {len(rows)} calls could be replayed; the first one: {reason}")
-    return 1 if any(row.skipped and row.skipped.startswith("failed") for row in rows) else 0
+    return 1 if any(row.failed for row in rows) else 0
 
 
 def _turns(args: argparse.Namespace) -> tuple[list[Turn], Trace]:
@@ -117,16 +118,17 @@ def _player(args: argparse.Namespace) -> Iterator[Player]:
     limit = backend.context_limit
     if args.context is not None and limit is not None and limit < args.context:
         raise InputError(f"--context is {args.context}, and this model's context stays {limit}; leave the flag out")
-    if args.context is not None and backend.tokenizer is not None:
-        backend.tokenizer.model_max_length = args.context
+    if backend.tokenizer is not None:
+        backend.tokenizer.model_max_length = 1 << 62  # it would warn of what is said here, call by call
     yield HFPlayer(backend, args.positions)
 
 
-def _replay(args: argparse.Namespace, turns: list[Turn], trace: Trace, player: Player) -> tuple[list[Row], dict[str, Any]]:
+def _replay(
+    args: argparse.Namespace, turns: list[Turn], trace: Trace, policies: tuple[Policy, ...], player: Player
+) -> tuple[list[Row], dict[str, Any]]:
     from kvcomm.replay.runner import Options, replay, warm_up
     from kvcomm.replay.summary import summarise
 
-    policies = named(",".join(player.policies) if args.policies is None else args.policies, player.policies)
     options = Options(policies, args.live, args.across, args.max_new_tokens, args.seed)
     model = args.model if args.model != str(FOLDER) else "embedded"
     facts = {
@@ -140,12 +142,17 @@ def _replay(args: argparse.Namespace, turns: list[Turn], trace: Trace, player: P
         "max_new_tokens": args.max_new_tokens if args.live else None,
         "seed": args.seed,
     }
-    head = {"kvcomm_version": __version__, "trace": _fingerprint(turns), "identity": player.identity(), **facts}
-    log = Log(args.output and args.output / "calls.jsonl", {**head, "policies": _configured(options.policies)})
+    head = {
+        "kvcomm_version": __version__,
+        "trace": _fingerprint(turns),
+        **facts,
+        "policies": _configured(policies),
+        "identity": player.identity(),
+    }
+    log = Log(args.output and args.output / "calls.jsonl", head)
     resumed = len(log.rows)
     if resumed < len(turns):
         warm_up(player, options)
-    player.wording.done.clear()
     with tqdm(total=len(turns), desc="calls", disable=args.quiet, leave=False) as bar:
         replay(turns, player, options, log, lambda _: bar.update())
     rows = [log.rows[turn.number] for turn in turns]
@@ -160,12 +167,11 @@ def _replay(args: argparse.Namespace, turns: list[Turn], trace: Trace, player: P
         formats=dict(trace.formats),
         unread=trace.skipped,
         unread_first=[str(problem) for problem in trace.problems],
-        wording=dict(player.wording.done),
         **summarise(rows, names),
     )
 
 
-def _configured(policies: Any) -> dict[str, Any]:
+def _configured(policies: tuple[Policy, ...]) -> dict[str, Any]:
     from kvcomm.config import Config
 
     return {p.name: {"rule": p.rule, **asdict(Config.from_env(**p.changes))} for p in policies}

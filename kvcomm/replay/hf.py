@@ -18,7 +18,7 @@ from kvcomm.config import Config
 from kvcomm.engine import KVComm
 from kvcomm.replay.measure import Heard
 from kvcomm.replay.player import Asked, Served
-from kvcomm.replay.policies import POLICIES, Policy
+from kvcomm.replay.policies import Policy
 from kvcomm.replay.wording import Wording
 
 __all__ = ["HFPlayer", "forced"]
@@ -33,7 +33,6 @@ class HFPlayer:
         """`positions`: of an answer, whose distributions are kept."""
         self.wording = Wording(backend.tokenizer)
         self.limit = backend.context_limit
-        self.policies = tuple(POLICIES)
         self._backend, self._positions = backend, positions
         self._engines: dict[str, KVComm] = {}
 

@@ -54,7 +54,8 @@ def verdict(doc: dict[str, Any]) -> str:
     return (
         f"{name}: {percent(p['token_reuse_rate'])} of prompt tokens not computed, first token "
         f"{_times(p['dense_over_this_ttft'])} as fast as dense (median call); dense's own first choice at "
-        f"{percent(p['top1'])} of answer positions, KL {nats(p['kl'])} nats."
+        f"{percent(p['top1'])} of answer positions, KL {nats(p['kl'])} nats"
+        + ("." if p["answers_equal_to_dense"] is None else f"; {percent(p['answers_equal_to_dense'])} of answers are dense's.")
     )
 
 
@@ -65,7 +66,7 @@ def left_out(doc: dict[str, Any]) -> list[str]:
         lines.append(
             f"could not be read, {doc['unread']} records: {doc['unread_first'][0]}" + (" ..." if doc["unread"] > 1 else "")
         )
-    return [*lines, *(f"{what}: {number} messages" for what, number in doc["wording"].items())]
+    return [*lines, *(f"{what}: {number} messages" for what, number in doc["changes"].items())]
 
 
 def page(doc: dict[str, Any], rows: Sequence[Row]) -> str:

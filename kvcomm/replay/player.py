@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from kvcomm.replay.measure import Heard
@@ -23,6 +23,7 @@ class Asked:
     ids: Sequence[int]  # of `chat`
     answer: Sequence[int] | None  # what is to be said; None: what the model says
     new_tokens: int  # at most, where the model speaks itself
+    changes: Mapping[str, int] = field(default_factory=dict)  # what was done to be readable for the model: messages
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,6 @@ class Player(Protocol):
 
     wording: Wording
     limit: int | None  # tokens of prompt and answer that the model can hold
-    policies: tuple[str, ...]  # names of those that it can serve by
 
     def identity(self) -> str:
         """Tells apart what may give other results: the model's fingerprint and the engine."""

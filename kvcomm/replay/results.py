@@ -17,9 +17,10 @@ from typing import Any
 from kvcomm.errors import InputError
 from kvcomm.segments import RUNGS
 
-__all__ = ["Log", "Outcome", "Row", "write_csv"]
+__all__ = ["FAILED", "Log", "Outcome", "Row", "write_csv"]
 
 SCHEMA = "kvcomm.replay.calls/1"
+FAILED = "failed: "  # how the reason of a row begins that is tried again
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Outcome:
     top1: float | None = None
     differs: Sequence[Sequence[Any]] = ()  # position, text in front of it, dense's first choice, this one's
     text: str | None = None  # what was said, where outputs flow
+    same_text: bool | None = None  # as dense said in the same place
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,13 @@ class Row:
     hop: int
     reads: Sequence[int]  # numbers of the calls whose output it reads
     skipped: str | None = None  # why it was not served
+    changes: Mapping[str, int] = field(default_factory=dict)  # what was done to be readable for the model: messages
     policies: Mapping[str, Outcome] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """The model could not do it here; elsewhere it may."""
+        return self.skipped is not None and self.skipped.startswith(FAILED)
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Row:
@@ -81,8 +89,8 @@ class Log:
             self._read(whole[:kept].splitlines())
         elif whole and not json.dumps(self.head).encode().startswith(whole):
             raise InputError(f"{path} is no log of a replay; give another --output")
-        with path.open("r+b" if path.exists() else "wb") as file:
-            file.truncate(kept)
+        if kept < len(whole):
+            os.truncate(path, kept)
         if not kept:
             self._append(self.head)
 
@@ -99,7 +107,7 @@ class Log:
             raise InputError(f"{self.path} is no log of a replay ({error}); give another --output") from error
         if not isinstance(head, dict) or head != self.head:
             raise InputError(f"{self.path} holds another replay: {_difference(head, self.head)}; give another --output")
-        self.rows = found
+        self.rows = {number: row for number, row in found.items() if not row.failed}
 
     def _append(self, line: Mapping[str, Any]) -> None:
         assert self.path is not None
@@ -112,10 +120,13 @@ class Log:
 def _difference(there: object, here: Mapping[str, object]) -> str:
     if not isinstance(there, dict):
         return "its first line does not say of what"
-    for name in here.keys() | there.keys():
-        if there.get(name) != here.get(name):
-            return f"its {name} is {there.get(name)!r}, and now {here.get(name)!r}"
-    return "nothing differs"
+    name = next(name for name in [*here, *there] if there.get(name) != here.get(name))
+    old, new = there.get(name), here.get(name)
+    if isinstance(old, dict) and isinstance(new, dict):
+        if old.keys() != new.keys():
+            return f"its {name} are {', '.join(old)}, and now {', '.join(new)}"
+        return f"{name}: {_difference(old, new)}"
+    return f"its {name} is {old!r}, and now {new!r}"
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

@@ -18,7 +18,7 @@ from kvcomm.replay.graph import Turn, rewritten
 from kvcomm.replay.measure import agreement
 from kvcomm.replay.player import Asked, Player, Served
 from kvcomm.replay.policies import Policy
-from kvcomm.replay.results import Log, Outcome, Row
+from kvcomm.replay.results import FAILED, Log, Outcome, Row
 from kvcomm.replay.wording import Wording
 
 __all__ = ["Options", "replay", "warm_up"]
@@ -75,7 +75,9 @@ def _row(turn: Turn, player: Player, options: Options, said: dict[str, dict[int,
     policies = list(options.policies)
     random.Random(f"{options.seed} {turn.number}").shuffle(policies)
     try:
-        asked = {policy.name: _asked(turn, player, options, said[policy.name]) for policy in policies}
+        asked = dict.fromkeys(said, _asked(turn, player, options, said["dense"]))
+        if options.live:
+            asked = {name: _asked(turn, player, options, mine) for name, mine in said.items()}
         for policy in policies:
             done[policy.name] = asked[policy.name], player.serve(policy, asked[policy.name])
             if options.live:
@@ -84,15 +86,15 @@ def _row(turn: Turn, player: Player, options: Options, said: dict[str, dict[int,
     except InputError as error:
         return Row(*facts, skipped=str(error))
     except RuntimeError as error:  # the model's own: no memory, for example
-        return Row(*facts, skipped=f"failed: {error}")
-    return Row(*facts, policies=found)
+        return Row(*facts, skipped=f"{FAILED}{error}")
+    return Row(*facts, changes=dict(asked["dense"].changes), policies=found)
 
 
 def _asked(turn: Turn, player: Player, options: Options, said: dict[int, str]) -> Asked:
     """Raises InputError where the call cannot be put to this model."""
     call, wording = turn.call, player.wording
     try:
-        chat = wording.chat(rewritten(turn, said) if options.live else call.messages)
+        chat, changes = wording.chat(rewritten(turn, said) if options.live else call.messages)
         ids = wording.prompt(chat)
         answer = None if options.live else wording.answer(chat, call.output)
     except (UnicodeError, TypeError) as error:  # half a character, for example
@@ -101,7 +103,7 @@ def _asked(turn: Turn, player: Player, options: Options, said: dict[int, str]) -
     if player.limit is not None and needed > player.limit:
         raise InputError(f"it needs {needed} tokens, the model's context is {player.limit} (--context N)")
     tenant = "" if options.across else call.session
-    return Asked(tenant, call.agent, chat, ids, answer, options.new_tokens)
+    return Asked(tenant, call.agent, chat, ids, answer, options.new_tokens, changes)
 
 
 def _outcome(name: str, done: dict[str, tuple[Asked, Served]], player: Player, options: Options) -> Outcome:
@@ -109,6 +111,7 @@ def _outcome(name: str, done: dict[str, tuple[Asked, Served]], player: Player, o
     facts = Outcome(
         served.ttft_ms, served.reused_tokens, served.tokens_by_rung, len(asked.ids), len(served.answer), served.fallback,
         text=player.wording.text(served.answer) if options.live else None,
+        same_text=list(served.answer) == list(done["dense"][1].answer) if options.live and name != "dense" else None,
     )  # fmt: skip
     if name == "dense":
         return facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, median
@@ -23,6 +24,7 @@ def summarise(rows: Sequence[Row], policies: Sequence[str]) -> dict[str, Any]:
         "calls_served": len(served),
         "calls_skipped": len(rows) - len(served),
         "skipped": dict(Counter(_kind(row.skipped) for row in rows if row.skipped)),
+        "changes": dict(sum((Counter(row.changes) for row in rows), Counter())),
         "sessions": len({row.session for row in rows}),
         "calls_that_read_outputs": sum(bool(row.reads) for row in rows),
         "policies": _by_policy(served, policies),
@@ -33,7 +35,7 @@ def summarise(rows: Sequence[Row], policies: Sequence[str]) -> dict[str, Any]:
 
 def _kind(reason: str | None) -> str:
     """Reasons differ by their numbers."""
-    return "".join("#" if c.isdigit() else c for c in reason or "").replace("##", "#")
+    return re.sub(r"\d+", "#", reason or "")
 
 
 def _grouped(rows: Sequence[Row], policies: Sequence[str], key: Callable[[Row], Any], name: str) -> list[dict[str, Any]]:
@@ -66,6 +68,7 @@ def _numbers(outcomes: Sequence[Outcome], dense_ms: Sequence[float | None]) -> d
         "top1_first": _of(fmean, (o.top1_first for o in outcomes)),
         "top1_early": _of(fmean, (o.top1_early for o in outcomes)),
         "top1": _of(fmean, (o.top1 for o in outcomes)),
+        "answers_equal_to_dense": _of(fmean, (o.same_text for o in outcomes)),
         "fallbacks": dict(Counter(o.fallback.partition(":")[0] for o in outcomes if o.fallback)),
     }
 

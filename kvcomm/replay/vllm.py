@@ -24,6 +24,7 @@ from kvcomm.replay.measure import Heard
 from kvcomm.replay.player import Asked, Served
 from kvcomm.replay.policies import Policy
 from kvcomm.replay.wording import Wording
+from kvcomm.segments import RUNGS
 
 __all__ = ["LIKELIEST", "VLLMPlayer", "start"]
 
@@ -46,7 +47,6 @@ class VLLMPlayer:
     def __init__(self, llm: Any, positions: int, *, trace_replay: bool) -> None:
         self.wording = Wording(llm.get_tokenizer())
         self.limit: int | None = int(llm.llm_engine.model_config.max_model_len)
-        self.policies = tuple(WISHES)
         self._llm, self._positions, self._traces = llm, positions, trace_replay
         self._names = count()
         self._life = 0  # counts `begin`: salts of an earlier one find nothing
@@ -94,7 +94,7 @@ class VLLMPlayer:
         return Served(
             ttft_ms=(first - began) * 1e3,
             reused_tokens=int(said.get("reused_tokens", cached)),
-            tokens_by_rung=rungs,
+            tokens_by_rung={**dict.fromkeys(RUNGS, 0), **rungs},
             fallback=said.get("fallback"),
             answer=list(done.token_ids) if answer is None else list(answer),
             heard=_heard(done.logprobs[: self._positions]),

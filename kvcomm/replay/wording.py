@@ -23,28 +23,30 @@ ROLES = ("system", "user", "assistant")
 
 
 class Wording:
-    """Of one tokenizer. `done` counts messages by what was done to them."""
+    """Of one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         """Raises InputError for a tokenizer that cannot put messages into a prompt."""
         if tokenizer is None or not getattr(tokenizer, "chat_template", None):
             raise InputError("this model has no chat template, so nobody knows how it reads messages; use a chat model")
         self.tokenizer = tokenizer
-        self.done: Counter[str] = Counter()
 
-    def chat(self, messages: Sequence[Message]) -> Chat:
-        """What the template takes of `messages`. Raises InputError where it takes nothing of them."""
+    def chat(self, messages: Sequence[Message]) -> tuple[Chat, Counter[str]]:
+        """What the template takes of `messages`, and how many were changed in which way. Raises InputError where it takes
+        nothing of them.
+        """
         if not messages:
             raise InputError("it has no messages")
-        made = [{"role": self._role(m.role), "content": m.content} for m in messages]
+        done: Counter[str] = Counter()
+        made = [{"role": _role(m.role, done), "content": m.content} for m in messages]
         error = self._refusal(made)
         for repair in (_one_system, _joined, _no_system):
             if error is None:
-                return made
-            made = repair(made, self.done)
+                break
+            made = repair(made, done)
             error = self._refusal(made)
         if error is None:
-            return made
+            return made, done
         raise InputError(f"the model's chat template refuses it: {error}")
 
     def prompt(self, chat: Chat) -> list[int]:
@@ -80,12 +82,6 @@ class Wording:
         said: str = self.tokenizer.decode([token])
         return said
 
-    def _role(self, role: str) -> str:
-        told = role if role in ROLES else TOLD_AS.get(role, "user")
-        if told != role:
-            self.done[f"role {role!r} told as {told}"] += 1
-        return told
-
     def _text(self, chat: Chat, asks: bool) -> str:
         text: str = self.tokenizer.apply_chat_template(chat, add_generation_prompt=asks, tokenize=False)
         return text
@@ -96,6 +92,13 @@ class Wording:
         except TemplateError as error:
             return str(error) or type(error).__name__
         return None
+
+
+def _role(role: str, done: Counter[str]) -> str:
+    told = role if role in ROLES else TOLD_AS.get(role, "user")
+    if told != role:
+        done[f"role {role!r} told as {told}"] += 1
+    return told
 
 
 def _one_system(chat: Chat, done: Counter[str]) -> Chat:

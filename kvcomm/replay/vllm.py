@@ -4,13 +4,14 @@
     prefix    vLLM's own prefix cache, under a salt per session; kvcomm leaves it alone
     others    kvcomm, under a salt per policy and session
 
-Recorded answers are forced by vLLM's trace replay where the engine has it, else by a logits processor; in both cases the
+Recorded answers are forced by vLLM's trace replay where its model runner has it, else by a logits processor; either way the
 distributions are those from before it. vLLM gives the LIKELIEST tokens of each, so that KL is from below.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from itertools import count
 from time import perf_counter
@@ -138,24 +139,14 @@ def start(model: str, dtype: str, context: int | None, positions: int, *, quiet:
         "model": model, "dtype": dtype, "seed": 0, "enforce_eager": True, "kv_transfer_config": transfer,
         "worker_extension_cls": "kvcomm.connectors.vllm.RunnerHandle", "async_scheduling": False, **longer,
     }  # fmt: skip
-    traces = _trace_replay()
-    more = {"enable_trace_replay": True} if traces else {"logits_processors": [_forcing()]}
-    try:
-        return VLLMPlayer(LLM(**options, **more), positions, trace_replay=traces)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise InputError(f"vLLM does not start with {model!r}: {str(error).strip().splitlines()[0]}") from error
-
-
-def _trace_replay() -> bool:
-    """Whether this vLLM forces answers itself: its second model runner does, which needs Triton."""
-    from dataclasses import fields
-
-    from vllm.config import ModelConfig
-    from vllm.platforms import current_platform
-    from vllm.triton_utils import HAS_TRITON
-
-    known = any(field.name == "enable_trace_replay" for field in fields(ModelConfig))
-    return bool(known and HAS_TRITON and not current_platform.is_cpu())
+    for trace_replay in (True, False):
+        more = {"enable_trace_replay": True} if trace_replay else {"logits_processors": [_forcing()]}
+        try:
+            return VLLMPlayer(LLM(**options, **more), positions, trace_replay=trace_replay)
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            if not trace_replay or not re.search("trace.replay", str(error)):
+                raise InputError(f"vLLM does not start with {model!r}: {str(error).strip().splitlines()[0]}") from error
+    raise AssertionError("the second way raises or returns")
 
 
 def _forcing() -> type:

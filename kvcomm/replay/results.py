@@ -40,7 +40,7 @@ class Outcome:
     top1_first: bool | None = None
     top1_early: float | None = None
     top1: float | None = None
-    differs: Sequence[Sequence[Any]] = ()  # position, text in front of it, dense's first choice, this one's
+    differs: Sequence[Sequence[Any]] = ()  # position, text in front, dense's choice, this one's, text that came
     text: str | None = None  # what was said, where outputs flow
     same_text: bool | None = None  # as dense said in the same place
 

@@ -19,11 +19,10 @@ from kvcomm.replay.measure import agreement
 from kvcomm.replay.player import Asked, Player, Served
 from kvcomm.replay.policies import Policy
 from kvcomm.replay.results import FAILED, Log, Outcome, Row
-from kvcomm.replay.wording import Wording
 
 __all__ = ["Options", "replay", "warm_up"]
 
-SHOWN = 40  # characters of the answer in front of a choice that differs
+SHOWN = 40  # characters of the answer in front of a choice that differs, and behind it
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,9 @@ def _outcome(name: str, done: dict[str, tuple[Asked, Served]], player: Player, o
         return facts
     dense = player.dense(asked, served.answer) if options.live else done["dense"][1].heard
     measured = agreement(dense, served.heard)
+    text, piece, said = player.wording.text, player.wording.piece, list(served.answer)
     differs = [
-        (at, _before(player.wording, served.answer, at), player.wording.piece(theirs), player.wording.piece(mine))
+        (at, text(said[max(0, at - SHOWN) : at])[-SHOWN:], piece(theirs), piece(mine), text(said[at : at + SHOWN])[:SHOWN])
         for at, theirs, mine in measured.differs
     ]
     return Outcome(**{**asdict(facts), **asdict(measured), "differs": differs})
-
-
-def _before(wording: Wording, answer: Sequence[int], at: int) -> str:
-    return wording.text(answer[max(0, at - SHOWN) : at])[-SHOWN:]

@@ -55,10 +55,10 @@ def backend() -> HFBackend:
 
 @pytest.fixture(scope="session")
 def team_rows(backend: HFBackend) -> list[dict[str, Any]]:
-    """Two sessions of the demo's teams of three, answered densely: JSONL rows as a person would write them."""
+    """Sessions of two teams of the demo, of five agents and of two, answered densely: JSONL as a person would write it."""
     rng, rows = random.Random(3), list[dict[str, Any]]()
-    for name in list(ROLES)[:2]:
-        team = default_team(name, 3)
+    for name, agents in zip(ROLES, (5, 2), strict=False):
+        team = default_team(name, agents)
         recorder = Recorder(KVComm(backend, config=Config(mode="off")), name)
         team.run(recorder, make_task(rng, name, team.agents, 4).fields)
         rows += recorder.rows
@@ -155,7 +155,7 @@ def test_numbers_are_those_of_two_other_ways(
             assert ours["tokens_by_rung"] == report.tokens_by_rung
             assert ours["ttft_ms"] > 0
     by_policy = {name: sum(row["policies"][name]["reused_tokens"] for row in rows) for name in POLICIES}
-    assert by_policy["dense"] == 0 < by_policy["boundary"] < by_policy["rotate"]
+    assert by_policy["dense"] == 0 < by_policy["anchor"] < by_policy["boundary"] < by_policy["rotate"]
     assert sum(row["policies"]["boundary"]["kl"] for row in rows) < sum(row["policies"]["rotate"]["kl"] for row in rows)
 
 
@@ -166,8 +166,8 @@ def test_document(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     rows = rows_of(tmp_path / "out")
     assert (doc["schema"], doc["calls"], doc["calls_served"], doc["sessions"], doc["live"]) == (
         "kvcomm.replay/1",
-        6,
-        6,
+        7,
+        7,
         2,
         False,
     )
@@ -178,12 +178,12 @@ def test_document(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert found["token_reuse_rate"] == sum(o["reused_tokens"] for o in mine) / found["prompt_tokens"]
         assert found["ttft_sum_ms"] == pytest.approx(sum(o["ttft_ms"] for o in mine))
         if name != "dense":
-            assert found["kl"] == pytest.approx(sum(o["kl"] for o in mine) / 6)
-    assert [found["hop"] for found in doc["hops"]] == [0, 1, 2]
-    assert sum(found["calls"] for found in doc["agents"]) == 6
+            assert found["kl"] == pytest.approx(sum(o["kl"] for o in mine) / 7)
+    assert [found["hop"] for found in doc["hops"]] == [0, 1, 2, 3, 4]
+    assert sum(found["calls"] for found in doc["agents"]) == 7
     assert doc["policies"]["dense"]["kl"] is None
     table = (tmp_path / "out" / "calls.csv").read_text().splitlines()
-    assert len(table) == 1 + 6 * 3
+    assert len(table) == 1 + 7 * 3
 
 
 def test_what_a_person_sees(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +192,7 @@ def test_what_a_person_sees(trace: Path, tmp_path: Path, capsys: pytest.CaptureF
     written(trace, rows)
     assert run(trace, "--output", tmp_path / "out", "--policies", "rotate,auto") == 0
     printed = capsys.readouterr().out
-    assert "6 calls of 2 sessions" in printed
+    assert "7 calls of 2 sessions" in printed
     assert "auto: " in printed
     assert "of prompt tokens not computed" in printed
     page = (tmp_path / "out" / "replay.html").read_text()
@@ -261,6 +261,18 @@ def test_killed_and_resumed(trace: Path, tmp_path: Path, team_rows: list[dict[st
     assert (rows_of(cut), log.stat().st_mtime_ns) == (after, times)
 
 
+@pytest.mark.parametrize("how", [("--live", "--max-new-tokens", 24), ("--across",)])
+def test_cut_where_earlier_calls_matter(trace: Path, tmp_path: Path, how: tuple[object, ...]) -> None:
+    options = (trace, *how, "--policies", "rotate", "--output", tmp_path)
+    assert run(*options) == 0
+    log = tmp_path / "calls.jsonl"
+    whole, lines = rows_of(tmp_path), log.read_bytes().splitlines(keepends=True)
+    for kept in (0, 1, 4):  # in the head, behind it, in the first session
+        log.write_bytes(b"".join(lines[:kept]) + lines[kept][:20])
+        assert run(*options) == 0
+        assert untimed(rows_of(tmp_path)) == untimed(whole)
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -269,7 +281,7 @@ def test_killed_and_resumed(trace: Path, tmp_path: Path, team_rows: list[dict[st
         (["--positions", "3"], "its positions is 512, and now 3"),
         (["--seed", "1"], "its seed is 0, and now 1"),
         (["--live"], "its live is False, and now True"),
-        (["--sessions", "1"], "its trace is '6 calls .*, and now '3 calls"),
+        (["--sessions", "1"], "its trace is '7 calls .*, and now '5 calls"),
         (["--dtype", "bfloat16"], "its dtype is 'float32', and now 'bfloat16'"),
     ],
 )
@@ -395,4 +407,4 @@ def test_a_model_that_fails_is_said_and_tried_again(
     assert "skipped" not in capsys.readouterr().out
     rows = {row["number"]: row for row in rows_of(tmp_path / "out")}
     assert all(row["skipped"] is None for row in rows.values())
-    assert len(rows) == 6
+    assert len(rows) == 7

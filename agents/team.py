@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from contextvars import copy_context
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from html import escape
 from inspect import signature
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
+from uuid import uuid4
 
 import yaml
 
@@ -23,6 +25,8 @@ from kvcomm.agents.agent import SAID, Agent, Message
 from kvcomm.agents.topology import KINDS, Topology
 from kvcomm.errors import KVCommError, TeamError
 from kvcomm.policy import Rule
+from kvcomm.replay.recording.generator import Recorded
+from kvcomm.replay.recording.recorder import Recorder
 
 if TYPE_CHECKING:
     from kvcomm.engine import Output
@@ -79,6 +83,7 @@ class Team:
     agents: tuple[Agent, ...]
     topology: Topology
     rounds: int = 1
+    record: str | Path | Recorder | None = field(default=None, compare=False)  # where every call is written down, with its text
 
     def __post_init__(self) -> None:
         if (names := tuple(a.name for a in self.agents)) != self.topology.agents:
@@ -118,15 +123,25 @@ class Team:
         topology = KINDS[kind](tuple(a.name for a in agents), **{key: spec[key] for key in spec if key != "kind"})
         return cls(agents, topology, known.get("rounds", 1))
 
-    def run(self, generator: Generator, request: Mapping[str, str], rounds: int | None = None) -> TeamRun:
-        """Every agent speaks once a round; nothing is changed but what the generator keeps.
+    def run(
+        self, generator: Generator, request: Mapping[str, str], rounds: int | None = None, *, session: str | None = None
+    ) -> TeamRun:
+        """Every agent speaks once a round; nothing is changed but what the generator keeps, and the record where there is one.
 
-        `request` holds every slot of every template but `said`; more fields do no harm. Raises TeamError before the first call
-        if one is missing, TurnFailed when an agent's call raises.
+        `request` holds every slot of every template but `said`; more fields do no harm. `session` is what the record calls this
+        run. Raises before the first call TeamError if a slot is missing and OSError if the record cannot be opened, and
+        TurnFailed when an agent's call raises.
         """
         rounds = self.rounds if rounds is None else rounds
         self._check_rounds(rounds)
         self._check_request(request)
+        if self.record is None:
+            return self._run(generator, request, rounds)
+        own = nullcontext(self.record) if isinstance(self.record, Recorder) else Recorder(self.record)
+        with own as recorder:
+            return self._run(Recorded(generator, recorder, session or f"run-{uuid4().hex[:12]}"), request, rounds)
+
+    def _run(self, generator: Generator, request: Mapping[str, str], rounds: int) -> TeamRun:
         by_name = {agent.name: agent for agent in self.agents}
         turns: dict[tuple[int, str], Turn] = {}
         for round_ in range(1, rounds + 1):

@@ -46,10 +46,16 @@ class Command:
 
 COMMANDS = (
     Command(("demo",), "kvcomm.demo.command", "a five-agent team answers real tasks, dense beside shared"),
+    Command(
+        ("analyze",),
+        "kvcomm.replay.analysis.command",
+        "what of recorded prompts could be reused, and how; no model",
+    ),
     Command(("bench", "ttft"), "kvcomm.bench.ttft", "time to first token of each agent: dense, prefix cache, shared, limit"),
     Command(
         ("bench", "vllm"), "kvcomm.bench.vllm", "time to first token on a real vLLM: dense, prefix cache, shared, exact hit"
     ),
+    Command(("bench", "soak"), "kvcomm.bench.soak", "thousands of mixed requests on a real vLLM: does anything fail or decay?"),
     Command(("bench", "fidelity"), "kvcomm.bench.fidelity.command", "answers under every way of reusing KV, beside dense"),
     Command(
         ("bench", "drift"), "kvcomm.bench.drift", "quality and reuse with anchors while documents change, and over a crash"
@@ -57,8 +63,10 @@ COMMANDS = (
     Command(("bench", "anchors"), "kvcomm.bench.anchors", "what match, estimate and apply cost beside dense prefill"),
     Command(("bench", "predictors"), "kvcomm.bench.fidelity.predictors", "which sign tells that reuse would change an answer"),
     Command(("bench", "pool"), "kvcomm.bench.pool", "search among 10,000 to 1,000,000 anchor tokens: time, recall, bytes"),
+    Command(("bench", "analyze"), "kvcomm.bench.analyze", "how fast traces are analyzed, and in how much memory"),
     Command(("replay",), "kvcomm.replay.command", "recorded calls served by a model under every policy, each beside dense"),
     Command(("vllm",), "kvcomm.connectors.serve", "vLLM's OpenAI server with the connector; other options are vLLM's", True),
+    Command(("record",), "kvcomm.replay.recording.command", "pass an OpenAI API through, and write every call down"),
     Command(("doctor",), "kvcomm.doctor", "what is installed, what can be used here, what is missing"),
 )
 GROUPS = (("bench", "measure on this machine"),)

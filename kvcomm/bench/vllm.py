@@ -16,28 +16,24 @@ included. An output is given; its K/V is computed in its producer's context by a
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 from tqdm import tqdm
 
 from kvcomm.backends.loading import dtype_named
 from kvcomm.bench import ttft
-from kvcomm.errors import InputError
+from kvcomm.connectors.local import LocalEngine, need_vllm
 from kvcomm.report import document, dumps, write_json
+from kvcomm.segments import ReuseReport
 
 __all__ = ["add_arguments", "measure", "run"]
 
 ARMS = ("dense", "prefix_cache", "shared", "exact_hit")
+OFF = {"mode": "off"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,89 +42,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(model="random:1024x12x16x8")
 
 
-@dataclass(eq=False)
-class Engine:
-    """An engine in this process."""
-
-    llm: Any
-    names: count[int]
-
-    @classmethod
-    def start(cls, model: str, dtype: str, tokens: int, seed: int) -> Engine:
-        """For prompts of up to `tokens`."""
-        from vllm import LLM
-        from vllm.config import KVTransferConfig
-
-        transfer = KVTransferConfig(
-            kv_connector="KVCommConnector",
-            kv_connector_module_path="kvcomm.connectors.vllm",
-            kv_role="kv_both",
-            kv_load_failure_policy="recompute",
-        )
-        llm = LLM(
-            model=model, dtype=dtype, skip_tokenizer_init=True, seed=seed, max_model_len=tokens, max_num_batched_tokens=tokens,
-            max_num_seqs=8, enforce_eager=True, kv_transfer_config=transfer,
-            worker_extension_cls="kvcomm.connectors.vllm.RunnerHandle",
-        )  # fmt: skip
-        return cls(llm, count())
-
-    @property
-    def vocabulary(self) -> int:
-        return int(self.llm.llm_engine.model_config.get_vocab_size())
-
-    def ask(self, ids: Sequence[int], tenant: str, *, shared: bool = False, new: int = 1) -> tuple[float, dict[str, Any]]:
-        """Milliseconds to the first token, and what kvcomm says of the request."""
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-
-        core = self.llm.llm_engine
-        words = {"kvcomm": {"mode": "on" if shared else "off"}}
-        params = SamplingParams(
-            temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, extra_args={"kv_transfer_params": words}
-        )
-        prompt = TokensPrompt(prompt_token_ids=list(ids), cache_salt=tenant)
-        first: float | None = None
-        said: dict[str, Any] = {}
-        began = perf_counter()
-        core.add_request(str(next(self.names)), prompt, params)
-        while core.has_unfinished_requests():
-            for output in core.step():
-                first = perf_counter() if first is None else first
-                said = (output.kv_transfer_params or {}).get("kvcomm", said)
-        assert first is not None
-        return (first - began) * 1e3, said
-
-
 class Arms:
     """One prompt under every arm. A method named for an arm returns its milliseconds."""
 
-    def __init__(self, engine: Engine, prompt: ttft.Prompt, tenant: str) -> None:
+    def __init__(self, engine: LocalEngine, prompt: ttft.Prompt, tenant: str) -> None:
         self.engine, self.prompt, self.tenant = engine, prompt, tenant
-        self.said: dict[str, Any] = {}
+        self.said: ReuseReport | None = None
 
     def dense(self) -> dict[str, float]:
         alone = f"dense, {self.tenant}, {len(self.prompt.ids)}"
-        return {arm: self.engine.ask(self.prompt.ids, alone)[0] for arm in ("dense", "exact_hit")}
+        return {arm: self.engine.ask(self.prompt.ids, tenant=alone, words=OFF).first_ms for arm in ("dense", "exact_hit")}
 
     def prefix_cache(self) -> dict[str, float]:
         alone = f"prefix, {self.tenant}, {len(self.prompt.ids)}"
-        self.engine.ask(self.prompt.prefix, alone)
-        return {"prefix_cache": self.engine.ask(self.prompt.ids, alone)[0]}
+        self.engine.ask(self.prompt.prefix, tenant=alone, words=OFF)
+        return {"prefix_cache": self.engine.ask(self.prompt.ids, tenant=alone, words=OFF).first_ms}
 
     def shared(self) -> dict[str, float]:
-        ms, self.said = self.engine.ask(self.prompt.ids, self.tenant, shared=True, new=2)
-        return {"shared": ms}
+        reply = self.engine.ask(self.prompt.ids, tenant=self.tenant, new=2)
+        self.said = reply.report
+        return {"shared": reply.first_ms}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the benchmark and returns its JSON document. Raises InputError where vLLM is missing."""
-    if find_spec("vllm") is None:
-        raise InputError("vLLM is not installed here; kvcomm doctor says which version is wanted and how to add it")
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)  # in this process, so that a call is timed and not its way between processes
-    if args.quiet:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    need_vllm()
     answer_tokens = next((int(x) for x in args.output if x.isdigit()), 512)
     longest = args.prefix + args.input + args.agents * (answer_tokens + 5) + 64
     with tempfile.TemporaryDirectory() as folder:
@@ -136,16 +74,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if model.startswith("random:"):
             ttft.random_model(model, dtype_named(args.dtype)).model.save_pretrained(folder)
             model = folder
-        engine = Engine.start(model, args.dtype, longest, args.seed)
+        engine = LocalEngine.start(model, dtype=args.dtype, tokens=longest, seed=args.seed, quiet=args.quiet)
     team = ttft.prompts(args, answer_tokens, engine.vocabulary)
     times: list[dict[str, list[float]]] = [{arm: [] for arm in ARMS} for _ in team]
-    said: list[dict[str, Any]] = [{} for _ in team]
+    said: list[ReuseReport | None] = [None for _ in team]
     rng = random.Random(args.seed)
     with tqdm(total=args.repetitions * len(team), disable=args.quiet, leave=False) as bar:
         for repetition in range(-1, args.repetitions):  # the first one, of two agents, is a warm-up
             tenant = f"team {repetition}"
             for prompt in team:
-                engine.ask(prompt.prefix, tenant, shared=True, new=2)
+                engine.ask(prompt.prefix, tenant=tenant, new=2)
             for i, prompt in enumerate(team[:2] if repetition < 0 else team):
                 arms = Arms(engine, prompt, tenant)
                 for arm in rng.sample(("dense", "prefix_cache", "shared"), 3):
@@ -153,14 +91,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                         if repetition >= 0:
                             times[i][name].append(ms)
                 said[i] = arms.said
-                engine.ask([*prompt.ids, *prompt.answer], tenant, shared=True, new=2)
+                engine.ask([*prompt.ids, *prompt.answer], tenant=tenant, new=2)
                 bar.update(repetition >= 0)
-    engine.llm.llm_engine.engine_core.shutdown()
+    version = engine.version
+    engine.close()
     agents = [
         {
             "agent": i + 1,
             "prompt_tokens": len(team[i].ids),
-            **{name: said[i][name] for name in ("reused_tokens", "computed_tokens", "tokens_by_rung", "fallback")},
+            **{name: getattr(said[i], name) for name in ("reused_tokens", "computed_tokens", "tokens_by_rung", "fallback")},
             **{f"{arm}_ms": median(ms) for arm, ms in times[i].items()},
             "all_ms": times[i],
         }
@@ -168,7 +107,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ]
     return document(
         "kvcomm.bench.vllm/1",
-        vllm_version=_version(),
+        vllm_version=version,
         model=args.model,
         dtype=args.dtype,
         prefix_tokens=args.prefix,
@@ -178,12 +117,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         agents=agents,
         later_agents=ttft.ratios(agents[1:]),
     )
-
-
-def _version() -> str:
-    import vllm
-
-    return str(vllm.__version__)
 
 
 def run(args: argparse.Namespace) -> int:

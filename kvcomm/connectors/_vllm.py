@@ -5,17 +5,19 @@ Holds no method of its own: what is matched, planned, promised, rotated, compute
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
 from kvcomm.connectors import vllm_compat as compat
 from kvcomm.connectors.capture import Keeper
+from kvcomm.connectors.costs import measure
 from kvcomm.connectors.holes import HolePass
 from kvcomm.connectors.loading import Loader
 from kvcomm.connectors.pages import Pages
 from kvcomm.connectors.scheduling import Desk
-from kvcomm.connectors.selftest import try_engine, try_holes
+from kvcomm.connectors.selftest import try_engine, try_fold, try_holes
 from kvcomm.connectors.settings import Settings
 from kvcomm.connectors.stats import Exporter, Stats, summary
 from kvcomm.connectors.worker import Refusing, Worker
@@ -44,6 +46,7 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):
                 compat.fingerprint(vllm_config),
                 ranks=self._ranks,
                 step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+                block_size=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
                 prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
             )
         else:
@@ -94,16 +97,28 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):
             rope = try_engine(config.model_config.hf_text_config, pages, runner, config.model_config.max_model_len)
             holes = HolePass(runner, size)
             try_holes(pages, holes)
+            costs = measure(pages, rope, holes, min(runner.max_tokens, config.model_config.max_model_len))
         except Exception as error:  # noqa: BLE001  # whatever it was, the engine itself is well
             known = isinstance(error, KVCommError)
             compat.log.error("kvcomm: this engine cannot be served: %s", error, exc_info=not known)
             self.worker = Refusing(str(error) if known else repr(error))
             return
         store = MemoryStore(self._settings.config.store_bytes // self._ranks)
-        self.worker = Worker(Loader(pages, rope, store), Keeper(pages, store), holes, store, alone=self._ranks == 1)
+        proof = partial(try_fold, pages, holes)
+        never = config.model_config.max_model_len  # a prompt has no more tokens
+        self.worker = Worker(
+            Loader(pages, rope, store),
+            Keeper(pages, store),
+            holes,
+            store,
+            proof,
+            least_gain=never if costs.least_gain is None else costs.least_gain,
+            alone=self._ranks == 1,
+        )
+        compat.log.info("kvcomm: %s", costs)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        self.worker.before_forward(self._get_connector_metadata())
+        self.worker.before_forward(self._get_connector_metadata(), forward_context)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Everything was loaded before the forward."""

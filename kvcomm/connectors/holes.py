@@ -1,8 +1,9 @@
-"""Computes tokens in the middle of prompts: all holes of a step as the rows of one short forward over the paged cache.
+"""Computes tokens in the middle of prompts: all holes of a step as rows of one forward over the paged cache.
 
 A row is one hole: a sequence that ends with it, on the block table of its request. Since every layer writes the K/V of all
 rows before any of them attends, a row sees the fresh K/V of those in front of it: one forward gives what computing the holes
-one after the other would. Knows nothing of vLLM beyond `Runner`.
+one after the other would. That forward is the engine's own, where it takes the holes in place of the last tokens of their
+request, and a short one of its own before it where not. Knows nothing of vLLM beyond `Runner`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
 
+from kvcomm.connectors.messages import Load
 from kvcomm.connectors.vllm_compat import Rows, Runner
 from kvcomm.segments import Ids
 
@@ -41,7 +45,7 @@ class HolePass:
 
     def __init__(self, runner: Runner, block_size: int) -> None:
         self._runner, self._block_size = runner, block_size
-        self.passes = self.tokens = 0  # so far
+        self.passes = self.tokens = self.folded = 0  # so far: own forwards, tokens in them, requests folded into the engine's
 
     def run(self, rows: Sequence[Row]) -> None:
         """Computes the K/V of `rows`, those of one request in ascending order; whatever they attend to must be there, but for
@@ -49,6 +53,18 @@ class HolePass:
         """
         for batch in self._batches(rows):
             self._forward(batch)
+
+    def fold(self, context: Any, loads: Sequence[Load]) -> set[str]:
+        """Puts the holes of `loads` into the engine's forward that is about to run under `context`; whatever they attend to
+        must be there. Returns the requests whose holes it takes.
+        """
+        wanted = {}
+        for load in loads:
+            at = np.concatenate([np.arange(a, b) for a, b in load.holes])
+            wanted[load.request_id] = torch.from_numpy(load.ids[at]), torch.from_numpy(at)
+        taken = self._runner.fold(context, wanted)
+        self.folded += len(taken)
+        return taken
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
         """Rows in order, split where a forward has as many tokens or rows as the engine allows."""

@@ -5,10 +5,12 @@ What did not move is copied bit for bit. Knows nothing of plans, schedulers or v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kvcomm.connectors.messages import Load, Piece
 from kvcomm.connectors.pages import Pages
@@ -19,7 +21,17 @@ from kvcomm.store.base import Store
 
 __all__ = ["Loader", "Lost"]
 
-PART = 256  # tokens
+PART = 256  # tokens that are rotated at a time: they stay in a CPU's cache
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Tokens of a piece, and where they go."""
+
+    keys: list[Tensor]  # per layer [heads, tokens, dim], as stored
+    values: list[Tensor]
+    turn: Tables | None  # None: they did not move
+    slots: Tensor  # int64 [tokens]
 
 
 class Loader:
@@ -33,30 +45,17 @@ class Loader:
         """Writes the pieces of `load`. Raises CacheFault, having written nothing, where a segment is not there (`Lost`, which
         says which one) or is too short.
         """
-        pieces = [part for piece in load.pieces for part in _parts(piece)]
-        if not pieces:
-            return
-        found = [(piece, self._found(piece)) for piece in pieces]
-        turns = [self._turn(piece, kv) for piece, kv in found]
-        where = np.concatenate([np.arange(piece.start, piece.end) for piece in pieces])
-        slots = self._pages.slots(load.blocks, where)
-        keys = values = torch.empty(0)  # of one layer, [tokens, heads, dim]; the next one's overwrite them
+        parts = [part for piece in load.pieces for part in self._parts(piece, self._found(piece), load.blocks)]
         for layer, cache in enumerate(self._pages.layers):
-            device, shape = cache.paged.device, (len(where), cache.heads, cache.dim)
-            if keys.shape != shape or keys.device != device:
-                keys, values = (torch.empty(shape, dtype=self._pages.dtype, device=device) for _ in range(2))
-            at = 0
-            for (piece, kv), turn in zip(found, turns, strict=True):
-                end = at + piece.end - piece.start
-                part = slice(piece.offset, piece.offset + piece.end - piece.start)
-                old, new = kv.keys[layer][:, part].to(device), keys[at:end].transpose(0, 1)  # [heads, tokens, dim]
-                if turn is None:
-                    new.copy_(old)
-                else:
-                    self._rope.rotate(layer, old, turn, new)
-                values[at:end].transpose(0, 1).copy_(kv.values[layer][:, part])
-                at = end
-            self._pages.write(layer, keys, values, slots.to(device))
+            device = cache.paged.device
+            turned = torch.empty(PART, cache.heads, cache.dim, dtype=self._pages.dtype, device=device)
+            for part in parts:
+                keys, values = part.keys[layer].to(device), part.values[layer].to(device)  # [heads, tokens, dim]
+                if part.turn is not None:
+                    moved = turned[: keys.shape[1]].transpose(0, 1)
+                    self._rope.rotate(layer, keys, part.turn, moved)
+                    keys = moved
+                self._pages.write(layer, keys.transpose(0, 1), values.transpose(0, 1), part.slots.to(device))
 
     def _found(self, piece: Piece) -> SegmentKV:
         kv = self._store.get(piece.key)
@@ -66,6 +65,19 @@ class Loader:
             raise CacheFault(f"a segment of {kv.tokens} tokens has none from {piece.offset} on to [{piece.start}, {piece.end})")
         return kv
 
+    def _parts(self, piece: Piece, kv: SegmentKV, blocks: Sequence[int]) -> Iterator[_Part]:
+        slots = self._pages.slots(blocks, np.arange(piece.start, piece.end))
+        turn = self._turn(piece, kv)
+        for a in range(0, piece.end - piece.start, PART):
+            b = min(a + PART, piece.end - piece.start)
+            there = slice(piece.offset + a, piece.offset + b)
+            yield _Part(
+                [k[:, there] for k in kv.keys],
+                [v[:, there] for v in kv.values],
+                None if turn is None else {t: (cos[:, a:b], sin[:, a:b]) for t, (cos, sin) in turn.items()},
+                slots[a:b],
+            )
+
     def _turn(self, piece: Piece, kv: SegmentKV) -> Tables | None:
         """The rotation of a piece; None where it did not move."""
         old = kv.start + piece.offset
@@ -73,12 +85,6 @@ class Loader:
             return None
         steps, length = torch.arange(piece.end - piece.start), max(piece.end, old + piece.end - piece.start)
         return self._rope.turn(self._rope.tables(piece.start + steps, length), self._rope.tables(old + steps, length))
-
-
-def _parts(piece: Piece) -> Iterator[Piece]:
-    """A piece in parts that stay in a CPU's cache while they are rotated."""
-    for start in range(piece.start, piece.end, PART):
-        yield Piece(start, min(start + PART, piece.end), piece.key, piece.offset + start - piece.start)
 
 
 class Lost(CacheFault):

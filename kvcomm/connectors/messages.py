@@ -25,22 +25,27 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Load:
-    """KV that the scheduler was promised for one request: tokens [start, end), each in one piece or one hole.
+    """KV that the scheduler was promised for one request: it does not compute tokens [start, end).
+
+    Where the engine's own forward takes the holes in place of the tokens from `end` on (`folded`), pieces and holes are those
+    of the whole prompt, and as many tokens are in holes as there are from `end` on; else they are those before `end`.
 
     prompt   | there already | piece | hole |  piece  | hole | piece |  left to the engine
              0             start                                    end
     """
 
     request_id: str
-    ids: Ids  # [end]
+    ids: Ids  # of the prompt
     blocks: tuple[int, ...]  # of the paged cache, from position 0 on
     start: int
+    end: int
     pieces: tuple[Piece, ...]
     holes: tuple[Hole, ...]
+    folded: bool = False
 
-    @property
-    def end(self) -> int:
-        return len(self.ids)
+    def holes_apart(self) -> tuple[Hole, ...]:
+        """What is to be computed before the engine's forward where that one computes all from `end` on."""
+        return tuple((a, min(b, self.end)) for a, b in self.holes if a < self.end)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,15 +73,19 @@ class News:
     """What workers report after a step. Aggregated over ranks: a segment is known only when every rank keeps it."""
 
     refusal: str | None = None  # why this engine cannot be served
+    least_gain: int | None = None  # tokens from which on loading is faster here than computing; None: not said
     kept: Counter[str] = field(default_factory=Counter)  # key -> ranks that keep it
     gone: set[str] = field(default_factory=set)  # keys that some rank does not keep, or no more
+    apart: set[str] = field(default_factory=set)  # requests whose holes were computed apart although they could be folded
     faults: list[tuple[str, str, str]] = field(default_factory=list)  # kind, request, reason
 
     def aggregate(self, other: News) -> News:
         """Both together; named as vLLM calls it."""
         return News(
             self.refusal or other.refusal,
+            max((x for x in (self.least_gain, other.least_gain) if x is not None), default=None),
             self.kept + other.kept,
             self.gone | other.gone,
+            self.apart | other.apart,
             self.faults + other.faults,
         )

@@ -38,11 +38,13 @@ class Pages:
         return torch.from_numpy(held[positions // self.block_size] * self.block_size + positions % self.block_size)
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """keys, values [tokens, heads, dim], contiguous, in the cache's dtype and on its device."""
-        self.layers[layer].write(keys, values, slots)
+        """keys, values [tokens, heads, dim] in the cache's dtype and on its device."""
+        self.layers[layer].write(keys.contiguous(), values.contiguous(), slots)
 
     def read(self, layer: int, blocks: Sequence[int], start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Copies of keys and values of tokens [start, end) of a request, each [heads, tokens, dim], on the CPU."""
+        """Copies of keys and values of tokens [start, end) of a request, each [heads, tokens, dim], on the CPU. In memory their
+        first axis is the token, as `write` wants it.
+        """
         cache, size = self.layers[layer], self.block_size
         first = start // size
         held = torch.tensor(blocks[first : -(-end // size)], device=cache.paged.device)
@@ -53,11 +55,11 @@ class Pages:
             sorted_ = pages[:, places].view(-1, *shape)
         else:
             sorted_ = pages.as_strided((len(pages), *shape), (pages.stride(0), *strides), 0)
-        whole = sorted_.permute(1, 3, 0, 2, 4).reshape(2, cache.heads, -1, cache.dim)  # [2, heads, tokens, dim]
+        whole = sorted_.permute(1, 0, 2, 3, 4).reshape(2, -1, cache.heads, cache.dim)  # [2, tokens, heads, dim]
         skip = start - first * size
-        out = whole[:, :, skip : skip + end - start].cpu()
+        out = whole[:, skip : skip + end - start].cpu()
         with torch.inference_mode(mode=False):  # ordinary tensors: torch counts writes to them
-            keys, values = (x.clone(memory_format=torch.contiguous_format) for x in out)
+            keys, values = (x.clone(memory_format=torch.contiguous_format).transpose(0, 1) for x in out)
         return keys, values
 
     def _layout(self, layer: int) -> tuple[Tensor, tuple[int, ...] | None]:

@@ -1,9 +1,8 @@
 """The scheduler's part: match -> plan -> promise, what to keep of finished text, and what every request came to.
 
 Knows token ids, never K/V. A promise is made when the scheduler asks, and can be asked for as often as it likes: the one thing
-that a question changes is that the request leaves everybody's prefix cache (a salt of its own), once, before anything is
-promised. With the salt nothing that is there already belongs to the request, so a promise always begins at token 0; what the
-engine's own cache held exactly is weighed against it before.
+that a question changes is that the request leaves everybody's prefix cache (a salt of its own), before anything is promised,
+for all that lies behind the blocks which this cache holds for it. Those stay: they are exact.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 
 from kvcomm.connectors import vllm_compat as compat
 from kvcomm.connectors.capture import answer_segment, prompt_segments
-from kvcomm.connectors.messages import Load, News, Save, Step
+from kvcomm.connectors.messages import Hole, Load, News, Save, Step
 from kvcomm.connectors.promise import Promise
 from kvcomm.connectors.settings import Settings, Wish
 from kvcomm.matching import TextIndex
@@ -27,8 +26,6 @@ from kvcomm.segments import Ids, Plan, ReuseReport, Segment
 from kvcomm.who import Who
 
 __all__ = ["Desk"]
-
-LEAST_GAIN = 32  # tokens; a pass over holes costs about as much as this many tokens of prefill
 
 
 @dataclass(eq=False)
@@ -42,32 +39,39 @@ class _Request:
     refusal: str | None  # why it is left alone
     known: Plan  # what was found in its prompt
     promise: Promise | None = None  # what is promised, or was
-    salted: bool = False
+    served: Plan | None = None  # how its prompt was computed, where something was loaded
+    local: int = 0  # tokens that the engine's cache held when it asked in an earlier step
+    asked: int = -1  # the step of that question
+    start: int = 0  # tokens that the engine's cache held when it was scheduled
+    offer: int = 0  # tokens that the engine was last told it need not compute
+    upto: int = 0  # tokens in front of what the engine computed by itself
+    private_from: int | None = None  # tokens in front of its salt; None: it has none
     admitted: bool = False  # has had blocks
-    loaded: bool = False
     kept: bool = False  # its prompt has been handed to the workers for keeping
 
     @property
-    def served(self) -> Plan:
+    def plan(self) -> Plan:
         """How its prompt was computed."""
-        if self.promise is not None and self.loaded:
-            return self.promise.plan
-        return Plan.dense(len(self.ids), self.known.fallback or "not-loaded")
+        return self.served or Plan.dense(len(self.ids), self.known.fallback or "not-loaded")
 
 
 class Desk:
     """The scheduler's side of one engine, whose workers are `ranks`."""
 
-    def __init__(self, settings: Settings, fingerprint: str, *, ranks: int, step_tokens: int, prefix_caching: bool) -> None:
+    def __init__(
+        self, settings: Settings, fingerprint: str, *, ranks: int, step_tokens: int, block_size: int, prefix_caching: bool
+    ) -> None:
         self._settings, self._fingerprint, self._ranks = settings, fingerprint, ranks
         self._hole_tokens = step_tokens if settings.max_hole_tokens is None else settings.max_hole_tokens
-        self._prefix_caching = prefix_caching
+        self._least_gain = settings.least_gain or 0
+        self._block_size, self._prefix_caching = block_size, prefix_caching
         self.index = self._empty_index()
         self.counters = Counters()
         self._ready: str | None = "the workers have not reported yet"  # why nothing is promised; None: all is well
         self._requests: dict[str, _Request] = {}
         self._saving: dict[str, Segment] = {}  # handed to the workers, not confirmed
-        self._loads: dict[str, Load] = {}  # of the step that is being scheduled
+        self._steps = 0  # scheduled so far
+        self._loads: dict[str, tuple[int, ...]] = {}  # of the step that is being scheduled: the blocks of requests
         self._saves: list[Save] = []  # of requests that have finished
         self._forget: list[str] = []
         self._reset = False
@@ -106,21 +110,27 @@ class Desk:
                 state.refusal = "fault"
                 return 0
         promise = state.promise
-        if promise is None or promise.end <= local:
+        if promise is None:
             return 0
-        if self._prefix_caching and not state.salted:
-            if not compat.salt(state.own):
+        # A resumed request gets again what it had of its prompt: its answer was read from that.
+        end = promise.end(local) if state.served is None else promise.last(state.upto)
+        if end <= local:
+            return 0
+        if local and not self._computed(state, local):
+            return None
+        if self._prefix_caching and (state.private_from is None or local < state.private_from):
+            if not compat.salt(state.own, local // self._block_size):
                 state.refusal = "no-salt"
                 state.known = replace(state.known, fallback="no-salt")
                 return 0
-            state.salted = True
-            if local:
-                return None  # those tokens may be computed in this very step, too late for holes; under the salt there are none
-        holes = sum(b - a for a, b in promise.holes_from(local))
-        pending = sum(b - a for load in self._loads.values() for a, b in load.holes)
+            state.private_from = local
+        holes = _tokens(promise.holes(local, end))
+        others = [self._requests[name] for name in self._loads]
+        pending = sum(_tokens(_promise(other).holes(other.start, other.offer)) for other in others)
         if pending and pending + holes > self._hole_tokens:
             return None
-        return promise.end - local
+        state.offer = end
+        return end - local
 
     def allocated(self, request: Any, blocks: list[int], external: int) -> None:
         """The request is scheduled, with `external` tokens of what was promised."""
@@ -129,17 +139,8 @@ class Desk:
             return
         state.admitted = True
         if external and state.promise is not None:
-            promise = state.promise
-            start = promise.end - external
-            self._loads[request.request_id] = Load(
-                request.request_id,
-                state.ids[: promise.end],
-                tuple(blocks),
-                start,
-                promise.pieces_from(start),
-                promise.holes_from(start),
-            )
-            state.loaded = True
+            state.start = state.offer - external
+            self._loads[request.request_id] = tuple(blocks)
 
     def step(self, scheduled: dict[str, int], blocks_of: Any) -> Step:
         """What the workers do in this step. `blocks_of(request_id)`: a request's blocks. Forgets what it handed out."""
@@ -151,8 +152,9 @@ class Desk:
                 state.kept = True
                 if segments := self._prompt(state):
                     saves.append(Save(request_id, self._to_save(segments), tuple(blocks_of(request_id)), last=False))
-        step = Step(self._reset, tuple(self._forget), tuple(self._loads.values()), tuple(saves))
-        self._reset = False
+        loads = tuple(self._load(name, blocks, scheduled.get(name, 0)) for name, blocks in self._loads.items())
+        step = Step(self._reset, tuple(self._forget), loads, tuple(saves))
+        self._steps, self._reset = self._steps + 1, False
         self._forget.clear()
         self._loads.clear()
         return step
@@ -163,7 +165,7 @@ class Desk:
         self._loads.pop(request.request_id, None)
         if state is None:
             return False, None
-        report = state.times.report(state.served)
+        report = state.times.report(state.plan)
         self.counters.record(report)
         if state.refusal is not None or self._ready is not None or not compat.finished_well(request):
             return False, report
@@ -178,6 +180,8 @@ class Desk:
         """The workers' report on a step."""
         if self._ready is not None:
             self._ready = news.refusal
+        if news.least_gain is not None and self._settings.least_gain is None:
+            self._least_gain = news.least_gain
         for key, ranks in news.kept.items():
             segment = self._saving.pop(key, None)
             if segment is not None and ranks == self._ranks:
@@ -189,11 +193,14 @@ class Desk:
             self._saving.pop(key, None)
             if self._ranks > 1:
                 self._forget.append(key)
+        for request_id in news.apart:
+            if (state := self._requests.get(request_id)) is not None:
+                state.served, state.upto = self._served(state, state.start, state.offer), state.offer
         for kind, request_id, reason in news.faults:
             self.counters.fault(kind)
             state = self._requests.get(request_id)
-            if state is not None and kind != "keep":
-                state.loaded, state.known = False, replace(state.known, fallback=f"fault: {reason}")
+            if state is not None and kind not in ("keep", "fold"):
+                state.served, state.known = None, replace(state.known, fallback=f"fault: {reason}")
 
     def reset(self) -> None:
         """Forget all text, for example because the weights have changed. What is being loaded is computed."""
@@ -219,8 +226,7 @@ class Desk:
         if not state.known.spans:
             return None
         promise = Promise.of(state.known, self._hole_tokens)
-        gain = promise.plan.reused - local
-        if not promise.end or gain < LEAST_GAIN:
+        if promise.end(local) - local < max(self._least_gain, 1):
             reason = promise.plan.fallback or "little-gain"
             state.known = replace(state.known, fallback=reason)
             return None
@@ -230,7 +236,32 @@ class Desk:
         return promise
 
     def _holds(self, promise: Promise) -> bool:
-        return all(span.segment.key in self.index for span in promise.plan.spans)
+        return all(key in self.index for key in promise.keys)
+
+    def _computed(self, state: _Request, local: int) -> bool:
+        """Whether the `local` tokens that the engine's cache holds are there: they may be computed in this very step, too late
+        for holes. They are where no other request runs, or where as many were found in an earlier step.
+        """
+        if state.asked < self._steps and local <= state.local:
+            return True
+        if not any(other.admitted for other in self._requests.values() if other is not state):
+            return True
+        state.asked, state.local = self._steps, local
+        return False
+
+    def _load(self, request_id: str, blocks: tuple[int, ...], scheduled: int) -> Load:
+        """What the workers do for a request of this step, which computes `scheduled` of its tokens."""
+        state = self._requests[request_id]
+        start, end = state.start, state.offer
+        folded = state.served is None and scheduled == len(state.ids) - end
+        upto = len(state.ids) if folded else end
+        if state.served is None:
+            state.served, state.upto = self._served(state, start, upto), upto
+        pieces, holes = _promise(state).pieces(start, upto), _promise(state).holes(start, upto)
+        return Load(request_id, state.ids, blocks, start, end, pieces, holes, folded)
+
+    def _served(self, state: _Request, start: int, end: int) -> Plan:
+        return _promise(state).served(state.ids, start, end, self._fingerprint, state.wish.who.tenant)
 
     def _labels(self, state: _Request) -> tuple[str, str, str, int]:
         who = state.wish.who
@@ -240,7 +271,7 @@ class Desk:
         if state.refusal is not None or self._ready is not None:
             return []
         try:
-            return prompt_segments(state.ids, state.served, state.known, *self._labels(state))
+            return prompt_segments(state.ids, state.plan, state.known, *self._labels(state))
         except Exception as fault:  # noqa: BLE001  # learning is optional
             self._count_fault("learn", state, fault)
             return []
@@ -250,7 +281,7 @@ class Desk:
             whole = np.asarray(state.own.all_token_ids, dtype=np.int32)
             tokens = len(state.ids)
             computed = min(int(state.own.num_computed_tokens), len(whole) - 1)
-            return answer_segment(whole[:tokens], whole[tokens:computed], state.served, *self._labels(state))
+            return answer_segment(whole[:tokens], whole[tokens:computed], state.plan, *self._labels(state))
         except Exception as fault:  # noqa: BLE001  # learning is optional
             self._count_fault("learn", state, fault)
             return []
@@ -263,3 +294,12 @@ class Desk:
     def _to_save(self, segments: list[Segment]) -> tuple[Segment, ...]:
         self._saving.update({segment.key: segment for segment in segments})
         return tuple(segments)
+
+
+def _promise(state: _Request) -> Promise:
+    assert state.promise is not None, "nothing is loaded that was not promised"
+    return state.promise
+
+
+def _tokens(runs: tuple[Hole, ...]) -> int:
+    return sum(b - a for a, b in runs)

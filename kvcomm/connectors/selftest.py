@@ -1,4 +1,5 @@
 """Tries an engine at start-up, on two scratch blocks of its empty cache: can its keys be moved, and can holes be computed?
+And when its own forward first took somebody's holes: did it compute them?
 
 The rope is Hugging Face's own for this configuration; that vLLM's keys follow it is measured, not assumed. Knows nothing of
 requests, stores or versions of vLLM.
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from kvcomm.connectors.holes import HolePass, Row
+from kvcomm.connectors.messages import Load
 from kvcomm.connectors.pages import Pages
 from kvcomm.connectors.vllm_compat import Rows, Runner
 from kvcomm.errors import UnsupportedModel
 from kvcomm.rope import Rope, relative, tolerance
 
-__all__ = ["try_engine", "try_holes"]
+__all__ = ["try_engine", "try_fold", "try_holes"]
 
 HERE, THERE = (1,), (2,)  # blocks; number 0 is never a request's
 FAR = 97  # the second position; odd, so that no frequency of a small table is back at its start
@@ -57,10 +59,25 @@ def try_holes(pages: Pages, holes: HolePass) -> None:
         device = pages.layers[layer].paged.device
         pages.write(layer, k.to(device), v.to(device), slots.to(device))
     holes.run([Row(THERE, 2, IDS[2:3]), Row(THERE, 5, IDS[5:])])
-    for (k, v), (rk, rv) in zip(_read(pages, THERE, 0, len(IDS)), right, strict=True):
+    _compare(_read(pages, THERE, 0, len(IDS)), right, "computing a hole of its cache differs from its prefill")
+
+
+@torch.inference_mode()
+def try_fold(pages: Pages, holes: HolePass, load: Load) -> None:
+    """The K/V that the engine's forward has left for the holes of `load`, against computing them apart. Raises UnsupportedModel
+    where they differ; the K/V is right afterwards, what the engine made of it is not.
+    """
+    found = [_read(pages, load.blocks, a, b) for a, b in load.holes]
+    holes.run([Row(load.blocks, a, load.ids[a:b]) for a, b in load.holes])
+    for (a, b), kv in zip(load.holes, found, strict=True):
+        _compare(kv, _read(pages, load.blocks, a, b), "its forward leaves other K/V for tokens that were put into it")
+
+
+def _compare(found: Sequence[tuple[Tensor, Tensor]], right: Sequence[tuple[Tensor, Tensor]], what: str) -> None:
+    for (k, v), (rk, rv) in zip(found, right, strict=True):
         worst = max(relative(k, rk), relative(v, rv))
         if not worst <= min(0.2, 1000 * tolerance(k.dtype)):  # noise is far below, garbage that was seen far above
-            raise UnsupportedModel(f"computing a hole of its cache differs from its prefill by {worst:.2g}")
+            raise UnsupportedModel(f"{what} by {worst:.2g}")
 
 
 def _read(pages: Pages, blocks: Sequence[int], start: int, end: int) -> list[tuple[Tensor, Tensor]]:

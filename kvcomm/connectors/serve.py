@@ -11,8 +11,8 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
+from kvcomm.connectors.local import need_vllm
 from kvcomm.connectors.settings import Settings
 from kvcomm.errors import InputError
 
@@ -56,7 +56,6 @@ def command(config: str, options: Sequence[str]) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     """Does not return."""
     arguments = command(args.kvcomm_config, args.rest)
-    if find_spec("vllm") is None:
-        raise InputError("vLLM is not installed here; kvcomm doctor says which version is wanted and how to add it")
+    need_vllm()
     sys.stdout.flush()
     os.execv(arguments[0], arguments)

@@ -35,6 +35,7 @@ class Settings:
     max_hole_tokens: int | None = (
         None  # computed outside the engine's budget, per request and per step; None: one step's budget
     )
+    least_gain: int | None = None  # tokens that must be saved for a request to be touched; None: as measured at start
     untested_vllm: bool = False  # start although nobody has tried this version of vLLM
 
     def __post_init__(self) -> None:
@@ -46,8 +47,9 @@ class Settings:
             Who(agent, given.get("rule", "auto"))  # type: ignore[arg-type]  # checked there
         if self.config.rung == "naive":
             raise InputError("rung is 'naive', which serves comparisons inside the library alone; use boundary or rotate")
-        if self.max_hole_tokens is not None and self.max_hole_tokens < 0:
-            raise InputError(f"max_hole_tokens is {self.max_hole_tokens}; it must be at least 0")
+        for name in ("max_hole_tokens", "least_gain"):
+            if (given := getattr(self, name)) is not None and given < 0:
+                raise InputError(f"{name} is {given}; it must be at least 0")
 
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> Settings:

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kvcomm.metrics import Counters
-from kvcomm.segments import ReuseReport
+from kvcomm.segments import ReuseReport, SpanReport
 
-__all__ = ["Exporter", "Stats", "summary"]
+__all__ = ["Exporter", "Stats", "reported", "summary"]
 
 METRICS: Mapping[str, tuple[str | None, str]] = {  # name -> label, what it counts
     "requests": (None, "Finished requests."),
@@ -33,10 +33,20 @@ def summary(report: ReuseReport) -> dict[str, Any]:
         "computed_tokens": report.computed_tokens,
         "tokens_by_rung": dict(report.tokens_by_rung),
         "producers": sorted({span.producer for span in report.spans}),
+        "spans": [asdict(span) for span in report.spans],
         "fallback": report.fallback,
         "match_ms": report.match_ms,
         "plan_ms": report.plan_ms,
     }
+
+
+def reported(answered: Mapping[str, Any] | None) -> ReuseReport | None:
+    """The report in `kv_transfer_params` of a response; None where kvcomm said nothing."""
+    said = (answered or {}).get("kvcomm")
+    if said is None:
+        return None
+    names = ("agent", "prompt_tokens", "reused_tokens", "computed_tokens", "fallback", "match_ms", "plan_ms")
+    return ReuseReport(**{name: said[name] for name in names}, spans=tuple(SpanReport(**span) for span in said["spans"]))
 
 
 @dataclass

@@ -2,27 +2,28 @@
 
 Written against 0.32 and tried there alone. Uses: the names of a request's fields, `Request.block_hashes` (salt), the worker's
 attribute `model_runner` (handle), its `attn_groups` and their metadata builders, `CommonAttentionMetadata`,
-`set_forward_context`, the model's call, `do_kv_cache_update`. Drafters inside vLLM use the same six to run a forward.
+`set_forward_context`, the model's call, `do_kv_cache_update` (drafters inside vLLM use the same six to run a forward); to fold
+tokens into the engine's own forward, the runner's input buffers and the forward's context.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Any
 from uuid import uuid4
 
 import torch
-from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
+from kvcomm.connectors.vllm import TESTED
 from kvcomm.errors import UnsupportedModel
 
 __all__ = [
-    "TESTED",
     "LayerCache",
     "Rows",
     "Runner",
@@ -38,7 +39,6 @@ __all__ = [
     "salt",
 ]
 
-TESTED = SpecifierSet(">=0.32,<0.33")
 log = logging.getLogger("vllm.kvcomm")  # vLLM prints nothing of loggers outside its own name
 
 
@@ -105,15 +105,20 @@ def asked(request: Any) -> dict[str, Any]:
     return {**xargs, **said} if isinstance(said, Mapping) else {"mode": said}
 
 
-def salt(request: Any) -> bool:
-    """Take a waiting request out of everybody's prefix cache: its blocks are hashed under a salt of its own from now on.
-    False, and nothing is changed, where that is not possible.
+def salt(request: Any, kept: int) -> bool:
+    """Take a request out of everybody's prefix cache, but for its first `kept` blocks: those behind them are hashed under a
+    salt of its own from now on. False, and nothing is changed, where that is not possible.
     """
-    tenant, hashes = request.cache_salt, request.block_hashes
-    request.cache_salt = f"kvcomm:{uuid4()}:{tenant or ''}"
-    request.block_hashes = []
+    hashes, tenant = list(request.block_hashes), request.cache_salt
+    alone = uuid4()
+    if kept:  # a block's hash holds that of the block before it: let that one be nobody else's while the next are made
+        request.block_hashes = [*hashes[: kept - 1], blake2b(hashes[kept - 1] + alone.bytes, digest_size=32).digest()]
+    else:
+        request.cache_salt, request.block_hashes = f"kvcomm:{alone}:{tenant or ''}", []
     request.update_block_hashes()
-    if len(request.block_hashes) == len(hashes) and not set(request.block_hashes) & set(hashes):
+    if kept:
+        request.block_hashes[:kept] = hashes[:kept]
+    if len(request.block_hashes) == len(hashes) and not set(request.block_hashes[kept:]) & set(hashes):
         return True
     request.cache_salt, request.block_hashes = tenant, hashes
     return False
@@ -228,38 +233,98 @@ class Runner:
     def forward(self, rows: Rows) -> None:
         """Computes K/V of all rows. In every layer all of them are written before any row attends."""
         from vllm.forward_context import set_forward_context
-        from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        count, total = len(rows.tokens), len(rows.ids)
-        starts = torch.zeros(count + 1, dtype=torch.int32)
+        starts = torch.zeros(len(rows.tokens) + 1, dtype=torch.int32)
         starts[1:] = torch.tensor(rows.tokens).cumsum(0)
         lengths = torch.tensor(rows.lengths, dtype=torch.int32)
-        width = max(len(blocks) for blocks in rows.blocks)
-        table = torch.zeros(count, width, dtype=torch.int32)
+        table = torch.zeros(len(rows.tokens), max(len(blocks) for blocks in rows.blocks), dtype=torch.int32)
         for i, blocks in enumerate(rows.blocks):
             table[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
         slots, positions = rows.slots.to(self.device), rows.positions.to(self.device)
-        common = CommonAttentionMetadata(
+        common = self._common(starts, lengths, table.to(self.device), slots, positions)
+        attention = {name: metadata for names, metadata in self._built(common) for name in names}
+        mapping = dict.fromkeys(attention, slots)
+        with set_forward_context(attention, self._config, num_tokens=len(rows.ids), slot_mapping=mapping):
+            self._runner.model(
+                input_ids=rows.ids.to(self.device), positions=positions, intermediate_tensors=None, inputs_embeds=None
+            )
+
+    def fold(self, context: Any, wanted: Mapping[str, tuple[Tensor, Tensor]]) -> set[str]:
+        """Have the engine's forward that is about to run under `context` compute other tokens than the last ones of requests:
+        per request ids int32 [n] at positions int64 [n], ascending, n being the tokens that it is scheduled with.
+
+        Every run of positions becomes a sequence of its own on the request's blocks. Returns the requests for which it is so:
+        none where the forward is captured whole, cut in two, in an order that short sequences would break, or fed otherwise.
+        """
+        runner = self._runner
+        if (
+            context.cudagraph_runtime_mode.name == "FULL"
+            or context.ubatch_slices is not None
+            or not isinstance(context.attn_metadata, dict)
+            or any(builder.reorder_batch_threshold is not None for _, builder in self._groups)
+            or runner.supports_mm_inputs
+            or runner.enable_prompt_embeds
+        ):
+            return set()
+        batch, taken = runner.input_batch, set()
+        count, total = batch.num_reqs, int(runner.query_start_loc.np[batch.num_reqs])
+        ids, positions = runner.input_ids.gpu[:total], runner.positions[:total]
+        new_ids, new_positions = ids.clone(), positions.clone()
+        edges: list[int] = [0]  # of sequences among the tokens
+        owners: list[int] = []  # the request of each
+        for i, (a, b) in enumerate(pairwise(runner.query_start_loc.np[: count + 1].tolist())):
+            ends, name = [b], batch.req_ids[i]
+            if name in wanted:
+                mine, at = wanted[name]
+                inner = ((at.diff() != 1).nonzero().flatten() + a + 1).tolist()
+                as_said = len(at) == b - a and positions[b - 1].item() == at[-1].item() and ids[b - 1].item() == mine[-1].item()
+                if as_said and len(owners) + len(inner) + count - i <= self.max_rows:
+                    taken.add(name)
+                    new_ids[a:b], new_positions[a:b] = mine.to(ids), at.to(positions)
+                    ends = [*inner, b]
+            edges += ends
+            owners += [i] * len(ends)
+        if not taken:
+            return taken
+        offsets = torch.tensor(edges, dtype=torch.int32)
+        blocks = batch.block_table[0]
+        table = blocks.get_device_tensor(count)[torch.tensor(owners, device=self.device)]
+        tokens = offsets.diff()
+        row = torch.repeat_interleave(torch.arange(len(owners)), tokens.long()).to(self.device)
+        slots = table[row, new_positions // blocks.block_size].long() * blocks.block_size + new_positions % blocks.block_size
+        lengths = new_positions.cpu()[offsets[1:].long() - 1].int() + 1
+        common = self._common(offsets, lengths, table, slots, new_positions)
+        built = {name: metadata for names, metadata in self._built(common) for name in names}
+        ids.copy_(new_ids)
+        positions.copy_(new_positions)
+        for given in {x.data_ptr(): x for x in context.slot_mapping.values()}.values():
+            given[:total] = slots
+        context.attn_metadata.update(built)
+        return taken
+
+    def _common(self, starts: Tensor, lengths: Tensor, table: Tensor, slots: Tensor, positions: Tensor) -> Any:
+        """vLLM's description of a batch: starts int32 [rows + 1] among its tokens and lengths int32 [rows] of the sequences, on
+        the CPU; table int32 [rows, blocks], slots and positions [tokens], on the device.
+        """
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        return CommonAttentionMetadata(
             query_start_loc=starts.to(self.device),
             query_start_loc_cpu=starts,
             seq_lens=lengths.to(self.device),
             seq_lens_cpu_upper_bound=lengths,
-            num_reqs=count,
-            num_actual_tokens=total,
-            max_query_len=max(rows.tokens),
-            max_seq_len=max(rows.lengths),
-            block_table_tensor=table.to(self.device),
+            num_reqs=len(lengths),
+            num_actual_tokens=len(slots),
+            max_query_len=int(starts.diff().max()),
+            max_seq_len=int(lengths.max()),
+            block_table_tensor=table,
             slot_mapping=slots,
             causal=True,
-            is_prefilling=torch.ones(count, dtype=torch.bool),
+            is_prefilling=torch.ones(len(lengths), dtype=torch.bool),
             positions=positions,
         )
-        attention, mapping = {}, {}
+
+    def _built(self, common: Any) -> Iterator[tuple[Sequence[str], Any]]:
+        """Names of layers, and the attention metadata that they share."""
         for names, builder in self._groups:
-            built = builder.build(0, common)
-            attention.update(dict.fromkeys(names, built))
-            mapping.update(dict.fromkeys(names, slots))
-        with set_forward_context(attention, self._config, num_tokens=total, slot_mapping=mapping):
-            self._runner.model(
-                input_ids=rows.ids.to(self.device), positions=positions, intermediate_tensors=None, inputs_embeds=None
-            )
+            yield names, builder.build(0, common)

@@ -6,12 +6,15 @@ that computes holes. Where not even that works, its blocks are reported and the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
 from kvcomm.connectors.capture import Keeper
 from kvcomm.connectors.holes import HolePass, Row
 from kvcomm.connectors.loading import Loader, Lost
-from kvcomm.connectors.messages import Load, News, Save, Step
+from kvcomm.connectors.messages import Hole, Load, News, Save, Step
 from kvcomm.connectors.vllm_compat import log
 from kvcomm.store.base import Kept, Store
 
@@ -19,28 +22,52 @@ __all__ = ["Refusing", "Worker"]
 
 
 class Worker:
-    """One rank. `alone`: no other rank computes the same requests."""
+    """One rank. `alone`: no other rank computes the same requests. `try_fold` is called once, after the first forward of the
+    engine that took holes, and raises where it did not compute them: then none takes any more.
+    """
 
-    def __init__(self, loader: Loader, keeper: Keeper, holes: HolePass, store: Store, *, alone: bool) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        keeper: Keeper,
+        holes: HolePass,
+        store: Store,
+        try_fold: Callable[[Load], None],
+        *,
+        least_gain: int | None = None,
+        alone: bool,
+    ) -> None:
         self._loader, self._keeper, self._holes, self._store, self._alone = loader, keeper, holes, store, alone
-        self._news = News()
+        self._try_fold, self._folds, self._judged = try_fold, True, False
+        self._on_trial: list[Load] = []
+        self._news = News(least_gain=least_gain)
         self._told = False
         self._finished: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._given_up: set[str] = set()  # requests whose blocks were bad once: nothing of them is kept
 
     @torch.inference_mode()
-    def before_forward(self, step: Step) -> None:
-        """Must run before the engine's forward of the step that the loads belong to."""
+    def before_forward(self, step: Step, context: Any) -> None:
+        """Must run before the engine's forward of the step that the loads belong to, under its `context`."""
         for key in [segment.key for segment in self._store.segments()] if step.reset else step.forget:
             self._store.remove(key)
-        rows: list[Row] = []
+        apart: list[Row] = []
+        whole: list[Load] = []  # assembled, and their holes can be folded
         for load in step.loads:
-            rows += self._loaded(load)
-        if not rows:
+            assembled = self._assembled(load)
+            if assembled and load.folded:
+                whole.append(load)
+            else:
+                apart += _rows(load, load.holes_apart() if assembled or not self._alone else ((load.start, load.end),))
+        taken = self._folded(whole, context) if whole else set()
+        for load in whole:
+            if load.request_id not in taken:
+                self._news.apart.add(load.request_id)
+                apart += _rows(load, load.holes_apart())
+        if not apart:
             return
         try:
-            self._holes.run(rows)
+            self._holes.run(apart)
         except Exception as fault:  # noqa: BLE001  # the engine's step must go on
             log.exception("kvcomm: computing holes failed")
             for load in step.loads:
@@ -48,6 +75,8 @@ class Worker:
 
     def after_forward(self, step: Step) -> None:
         """Must run when the K/V of the step's tokens are in the cache."""
+        if self._on_trial:
+            self._judge(self._on_trial)
         for save in step.saves:
             try:
                 self._save(save)
@@ -73,9 +102,8 @@ class Worker:
         self._told = True
         return None if nothing else news
 
-    def _loaded(self, load: Load) -> list[Row]:
-        """Writes what is stored; what is to be computed then."""
-        holes = load.holes
+    def _assembled(self, load: Load) -> bool:
+        """Writes what is stored; False where that failed."""
         try:
             self._loader.load(load)
         except Exception as fault:  # noqa: BLE001  # whatever it was, the request is computed
@@ -83,10 +111,33 @@ class Worker:
                 self._news.gone.add(fault.key)
             if self._alone:
                 self._fault("load", load, fault)
-                holes = ((load.start, load.end),)
             else:  # other ranks compute these holes: so must this one
                 self._give_up(load, fault)
-        return [Row(load.blocks, a, load.ids[a:b]) for a, b in holes]
+            return False
+        return True
+
+    def _folded(self, loads: list[Load], context: Any) -> set[str]:
+        """The requests whose holes the engine's forward computes."""
+        try:
+            taken = self._holes.fold(context, loads) if self._folds else set()
+        except Exception as fault:  # noqa: BLE001  # nothing was changed, and there is the other way
+            self._fault("fold", loads[0], fault)
+            return set()
+        if not self._judged:
+            self._on_trial = [load for load in loads if load.request_id in taken]
+        return taken
+
+    @torch.inference_mode()
+    def _judge(self, loads: list[Load]) -> None:
+        """The first forward that took holes: has it computed them?"""
+        self._on_trial, self._judged = [], True
+        try:
+            self._try_fold(loads[0])
+        except Exception as fault:  # noqa: BLE001  # whatever it was, those requests are computed again
+            self._folds = False
+            log.exception("kvcomm: holes are computed apart from now on")
+            for load in loads:
+                self._give_up(load, fault)
 
     def _give_up(self, load: Load, fault: Exception) -> None:
         self._fault("give-up", load, fault)
@@ -112,7 +163,11 @@ class Worker:
 
     def _fault(self, kind: str, load: Load, fault: Exception) -> None:
         self._news.faults.append((kind, load.request_id, repr(fault)))
-        log.warning("kvcomm: %s of request %s: %r; it is computed densely", kind, load.request_id, fault)
+        log.warning("kvcomm: %s of request %s: %r", kind, load.request_id, fault)
+
+
+def _rows(load: Load, holes: Sequence[Hole]) -> list[Row]:
+    return [Row(load.blocks, a, load.ids[a:b]) for a, b in holes]
 
 
 class Refusing:
@@ -122,7 +177,7 @@ class Refusing:
         self._news: News | None = News(refusal=refusal)
         self._finished: set[str] = set()
 
-    def before_forward(self, step: Step) -> None:
+    def before_forward(self, step: Step, context: Any) -> None:
         assert not step.loads, "nothing is promised before the workers have reported"
 
     def after_forward(self, step: Step) -> None:

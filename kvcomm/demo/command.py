@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from kvcomm.agents.team import Team
+from kvcomm.agents.team import Generator, Team
 from kvcomm.backends.loading import dtype_named, load
-from kvcomm.demo import runner
+from kvcomm.demo import on_vllm, runner
 from kvcomm.demo.page import page, terminal
-from kvcomm.demo.runner import ARMS
+from kvcomm.demo.runner import RECORDED
 from kvcomm.demo.summary import summarise
 from kvcomm.demo.workloads import ROLES, SPARE, Task, default_team, make_task, own_questions
 from kvcomm.errors import InputError
+from kvcomm.replay.recording.recorder import Recorder
 from kvcomm.report import document, dumps, write_json
 from kvcomm.tiny import FOLDER
 
@@ -32,11 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=24, metavar="N", help="team requests in all (default: 24)")
     parser.add_argument("--agents", type=int, default=5, metavar="N", help="agents of the built-in teams (default: 5)")
     parser.add_argument("--documents", type=int, default=6, metavar="N", help="documents that every agent reads (default: 6)")
+    parser.add_argument(
+        "--backend", choices=("hf", "vllm"), default="hf", help="what runs the model: Hugging Face, or a vLLM in this process"
+    )
     parser.add_argument("--dtype", default="float32", help="the model's dtype (default: float32)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, metavar="FILE", help="append the dense arm's calls to this file")
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace, record: Recorder | None = None) -> dict[str, Any]:
     """Runs the demo and returns its JSON document. Raises InputError for flags that cannot be used."""
     most = len(ROLES["math"]) + len(SPARE)
     for name, value, low, high in (
@@ -47,22 +54,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if value < low or (high is not None and value > high):
             raise InputError(f"--{name} is {value}; it must be at least {low}" + (f" and at most {high}" if high else ""))
     team = own_questions(Team.from_yaml(args.team)) if args.team else None
-    dtype = dtype_named(args.dtype)
-    backend = load(args.model, dtype=dtype)
+    dtype_named(args.dtype)
     names = list(ROLES)
     teams = {name: team or default_team(name, args.agents) for name in names}
     rng = random.Random(args.seed)
     tasks = [
         make_task(rng, names[i % len(names)], teams[names[i % len(names)]].agents, args.documents) for i in range(args.requests)
     ]
-    generators = runner.arms(backend)
-    _warm_up(generators, teams, make_task(random.Random(~args.seed), names[0], teams[names[0]].agents, 2))
-    with tqdm(total=len(tasks) * len(ARMS), desc="requests x arms", disable=args.quiet, leave=False) as bar:
-        calls = runner.run(generators, teams, tasks, seed=args.seed, tick=bar.update)
+    with _arms(args) as generators:
+        _warm_up(generators, teams, make_task(random.Random(~args.seed), names[0], teams[names[0]].agents, 2))
+        with tqdm(total=len(tasks) * len(generators), desc="requests x arms", disable=args.quiet, leave=False) as bar:
+            calls = runner.run(generators, teams, tasks, seed=args.seed, tick=bar.update, record=record)
     summary = summarise(calls)
     return document(
         "kvcomm.demo/1",
         model=args.model if args.model != str(FOLDER) else "embedded",
+        backend=args.backend,
+        arms=list(generators),
         dtype=args.dtype,
         seed=args.seed,
         teams={name: {"agents": [a.name for a in t.agents], "graph": t.graph()} for name, t in teams.items()},
@@ -72,13 +80,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _warm_up(generators: dict[str, runner.Arm], teams: dict[str, Team], task: Task) -> None:
+@contextmanager
+def _arms(args: argparse.Namespace) -> Iterator[Mapping[str, Generator]]:
+    """One generator per arm, on the backend that was asked for."""
+    if args.backend == "vllm":
+        with on_vllm.arms(args.model, args.dtype, quiet=args.quiet) as generators:
+            yield generators
+    else:
+        yield runner.arms(load(args.model, dtype=dtype_named(args.dtype)))
+
+
+def _warm_up(generators: Mapping[str, Generator], teams: dict[str, Team], task: Task) -> None:
     """The first calls of a process pay for its set-up; they belong to no arm."""
     runner.run(generators, teams, [task], seed=0)
 
 
 def run(args: argparse.Namespace) -> int:
-    doc = measure(args)
+    """1 where a record was asked for and calls are not in it."""
+    with Recorder(args.record) if args.record else nullcontext() as record:
+        doc = measure(args, record)
     if args.format == "json":
         print(dumps(doc))
     else:
@@ -89,4 +109,6 @@ def run(args: argparse.Namespace) -> int:
         (args.output / "demo.html").write_text(page(doc), encoding="utf-8")
         if args.format == "terminal":
             print(f"\nwritten: {args.output / 'demo.json'}, {args.output / 'demo.html'}")
-    return 0
+    if record is not None and args.format == "terminal":
+        print(f"\nrecorded: {record.written} calls of the {RECORDED} arm in {args.record}")
+    return 1 if record is not None and record.lost else 0

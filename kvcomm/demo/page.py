@@ -34,11 +34,16 @@ def terminal(doc: dict[str, Any]) -> str:
             f"\n{name}: {w['requests']} requests, {len(rows)} agents, tokens and milliseconds per call",
             *_table(COLUMNS, rows),
         ]
+        arms = {
+            name: arm
+            for name, arm in (("dense", "dense"), ("shared", "shared"), ("rotate only", "rotate"))
+            if arm in doc["arms"]
+        }
         classes = [
-            (b, str(c["questions"]), *(percent(c[f"accuracy_{arm}"]) for arm in ("dense", "shared", "rotate")))
+            (b, str(c["questions"]), *(percent(c[f"accuracy_{arm}"]) for arm in arms.values()))
             for b, c in w["bindings"].items()
         ]
-        lines += ["", *_table(("fact is bound by", "questions to all", "dense", "shared", "rotate only"), classes)]
+        lines += ["", *_table(("fact is bound by", "questions to all", *arms), classes)]
     return "\n".join([*lines, "", gain(doc)])
 
 
@@ -53,8 +58,8 @@ def gain(doc: dict[str, Any]) -> str:
         f"{ms(a['ttft_prefix_cache_ms'])} ms with an exact prefix cache, {ms(a['ttft_shared_ms'])} ms shared: "
         f"{ms(a['ttft_dense_ms'] - a['ttft_shared_ms'])} ms saved per call; "
         f"{percent(later['answers_equal_to_dense'])} of answers equal to dense, "
-        f"accuracy {percent(later['accuracy_dense'])} dense, {percent(later['accuracy_shared'])} shared, "
-        f"{percent(later['accuracy_rotate'])} with rotation alone"
+        f"accuracy {percent(later['accuracy_dense'])} dense, {percent(later['accuracy_shared'])} shared"
+        + ("" if later["accuracy_rotate"] is None else f", {percent(later['accuracy_rotate'])} with rotation alone")
     )
 
 

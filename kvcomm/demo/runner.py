@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from kvcomm.agents.team import Team, Turn
+from kvcomm.agents.team import Generator, Team, Turn
 from kvcomm.backends.base import Backend
 from kvcomm.config import Config
 from kvcomm.demo.workloads import Task
 from kvcomm.engine import KVComm, Output, Rule
+from kvcomm.replay.recording.recorder import Recorder
 from kvcomm.segments import ReuseReport
 from kvcomm.tiny import tasks
 
-__all__ = ["ARMS", "Arm", "Call", "arms", "run"]
+__all__ = ["ARMS", "STORE_BYTES", "Arm", "Call", "arms", "run"]
 
 STORE_BYTES = 1 << 29  # per arm: more than the requests that text is shared within
 ARMS = ("dense", "prefix_cache", "shared", "rotate")
+RECORDED = "dense"  # its answers are the model's own, whatever is measured on them later
 
 
 @dataclass(frozen=True)
@@ -66,21 +68,26 @@ def arms(backend: Backend) -> dict[str, Arm]:
 
 
 def run(
-    generators: Mapping[str, Arm],
+    generators: Mapping[str, Generator],
     teams: Mapping[str, Team],
     requests: Sequence[Task],
     *,
     seed: int,
     tick: Callable[[], object] = lambda: None,
+    record: Recorder | None = None,
 ) -> list[Call]:
-    """Every request through every arm, `tick` called after each. Answers flow: an agent reads what the others really said."""
+    """Every request through every arm, `tick` called after each. Answers flow: an agent reads what the others really said.
+
+    What the arm RECORDED is asked and answers goes to `record`, a session for each request.
+    """
     rng = random.Random(seed)
     calls: list[Call] = []
     for number, task in enumerate(requests):
         order = list(generators)
         rng.shuffle(order)
         for name in order:
-            done = teams[task.workload].run(generators[name], task.fields)
+            team = replace(teams[task.workload], record=record if name == RECORDED else None)
+            done = team.run(generators[name], task.fields, session=f"{task.workload}-{seed}-{number}")
             speakers = list(dict.fromkeys(turn.agent for turn in done.turns))
             calls += [_call(task, number, name, speakers.index(turn.agent) + 1, turn) for turn in done.turns]
             tick()

@@ -126,9 +126,7 @@ class MemoryStore:
 def _compact(t: Tensor) -> Tensor:
     """`t` without gradient and without memory beyond its own elements; a copy only where that needs one."""
     t = t.detach()
-    return (
-        t if t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes else t.clone(memory_format=torch.contiguous_format)
-    )
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone(memory_format=torch.contiguous_format)
 
 
 def _versions(kv: SegmentKV) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ __all__ = ["CHAT_TEMPLATE", "SPECIAL", "build"]
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
-    "<bos>{% for m in messages %}{{ '<|' + m['role'] + '|> ' + (m['content'] | trim) + '<|end|>' }}{% endfor %}"
+    "<bos>{% for m in messages if m['content'] or not m['tool_calls'] %}"
+    "{{ '<|' + ('user' if m['role'] == 'tool' else m['role']) + '|> ' + (m['content'] | trim) + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 WORD = r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]|\s+"

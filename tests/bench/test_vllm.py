@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvcomm.bench import vllm as bench
+from kvcomm.connectors import local
 from kvcomm.errors import InputError
 
 
@@ -35,6 +36,6 @@ def test_document(tmp_path: Path) -> None:
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(local, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="vLLM is not installed"):
         bench.measure(None)  # type: ignore[arg-type]  # it does not come to that

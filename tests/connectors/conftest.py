@@ -1,21 +1,33 @@
-"""A real vLLM engine on a tiny random Llama, and what its answers must be: a Hugging Face forward with hand-made past KV."""
+"""A real vLLM engine on a tiny random Llama, and what its answers must be: a Hugging Face forward with hand-made past KV. And
+`kvcomm vllm` as a server.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from kvcomm.connectors.local import LocalEngine
 from kvcomm.segments import Plan
 from kvcomm.testing import tiny_random
+from kvcomm.tiny import FOLDER
 
 # Before vLLM is imported, here and in the subprocesses of tests.
 os.environ.update(
@@ -162,7 +174,7 @@ class Engine:
         def noting(request: Any, blocks: list[int]) -> Any:
             state = self.desk._requests.get(request.request_id)
             if state is not None:
-                self.served[request.request_id.rpartition("-")[0] or request.request_id] = state.served
+                self.served[request.request_id.rpartition("-")[0] or request.request_id] = state.plan
             return finished(request, blocks)
 
         self.desk.finished = noting
@@ -214,35 +226,18 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Iter
         inside: bool = True,
         **options: Any,
     ) -> Iterator[Engine]:
-        from vllm import LLM
-        from vllm.config import KVTransferConfig
-        from vllm.distributed import cleanup_dist_env_and_memory
-        from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
-
         folder = tmp_path_factory.mktemp("model")
         oracle = Oracle(random_model(folder, rope))
-        defaults = {
-            "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 8, "max_num_batched_tokens": 2048, "enforce_eager": True,
-            "worker_extension_cls": "kvcomm.connectors.vllm.RunnerHandle",
-        }  # fmt: skip
-        transfer = KVTransferConfig(
-            kv_connector="KVCommConnector",
-            kv_connector_module_path="kvcomm.connectors.vllm",
-            kv_role="kv_both",
-            kv_load_failure_policy=policy,
-            kv_connector_extra_config=extra or {},
-        )
-        llm = LLM(model=str(folder), skip_tokenizer_init=True, seed=0, kv_transfer_config=transfer, **{**defaults, **options})
-        engine = Engine(llm, oracle)
+        options = {"dtype": "float32", "max_model_len": 2048, "max_num_seqs": 32, "max_num_batched_tokens": 2048, **options}
+        extra = {"least_gain": 32, **(extra or {})}
+        local = LocalEngine.start(str(folder), tokens=options.pop("max_model_len"), extra=extra, policy=policy, **options)
+        engine = Engine(local.llm, oracle)
         if inside:
             engine.watch()
         engine.ask(list(range(3, 40)))  # from now on it is ready
         yield engine
-        llm.llm_engine.engine_core.shutdown()
-        if inside:
-            ensure_kv_transfer_shutdown()
-        del engine, llm
-        cleanup_dist_env_and_memory()
+        del engine
+        local.close()
 
     return start
 
@@ -263,3 +258,62 @@ def text() -> Callable[[int], list[int]]:
         return ids
 
     return some
+
+
+@dataclass(frozen=True)
+class Server:
+    """`kvcomm vllm` as a user runs it: the embedded model behind the OpenAI API, in processes of its own."""
+
+    url: str
+
+    def counters(self) -> dict[str, float]:
+        """Those of /metrics summed over vLLM's labels, by name and our own label."""
+        found: dict[str, float] = {}
+        with urlopen(f"{self.url}/metrics", timeout=30) as response:
+            for line in response.read().decode().splitlines():
+                if parts := re.match(r"([\w:]+_total)\{([^}]*)\} (\S+)", line):
+                    ours = re.search(r'(rung|reason|kind)="[^"]*"', parts[2])
+                    name = parts[1] + (f"{{{ours[0]}}}" if ours else "")
+                    found[name] = found.get(name, 0.0) + float(parts[3])
+        return found
+
+    def reused(self) -> float:
+        """Prompt tokens reused so far, on every rung."""
+        return sum(count for name, count in self.counters().items() if name.startswith("kvcomm:reused_tokens_total"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The one of this run; it writes tool calls where a request's `tool_choice` says so."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    options = ["--model", str(FOLDER), "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
+    options += ["--kvcomm-config", '{"least_gain": 32}']
+    options += ["--max-model-len", "2048", "--host", "127.0.0.1", "--port", str(port)]
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "xlam"]
+    options += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, "-m", "kvcomm", "vllm", *options], stdout=out, stderr=out, env=env)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait(url, process, log)
+        yield Server(url)
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(240):
+        assert process.poll() is None, log.read_text()[-4000:]
+        try:
+            urlopen(f"{url}/health", timeout=1).close()
+            return
+        except (URLError, OSError):
+            time.sleep(0.5)
+    pytest.fail(log.read_text()[-4000:])

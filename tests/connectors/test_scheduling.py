@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from enum import Enum
+from hashlib import sha256
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -25,11 +26,12 @@ class Status(Enum):
 
 
 class FakeRequest(SimpleNamespace):
-    """The fields of vLLM's request that the connector reads, with hashes that depend on salt and tokens."""
+    """The fields of vLLM's request that the connector reads, with hashes that depend on salt, tokens and the hash in front."""
 
     def update_block_hashes(self) -> None:
-        for end in range(BLOCK, len(self.all_token_ids) + 1, BLOCK):
-            self.block_hashes.append(hash((self.cache_salt, *self.all_token_ids[:end])))
+        for start in range(len(self.block_hashes) * BLOCK, len(self.all_token_ids) - BLOCK + 1, BLOCK):
+            before = self.block_hashes[-1] if start else (self.cache_salt or "").encode()
+            self.block_hashes.append(sha256(before + repr(self.all_token_ids[start : start + BLOCK]).encode()).digest())
 
 
 def request(ids: list[int], **fields: Any) -> FakeRequest:
@@ -45,7 +47,8 @@ def request(ids: list[int], **fields: Any) -> FakeRequest:
 
 
 def desk(ranks: int = 1, ready: bool = True, **extra: Any) -> Desk:
-    made = Desk(Settings.from_extra(extra), "model", ranks=ranks, step_tokens=256, prefix_caching=True)
+    settings = Settings.from_extra({"least_gain": 32, **extra})
+    made = Desk(settings, "model", ranks=ranks, step_tokens=256, block_size=BLOCK, prefix_caching=True)
     if ready:
         made.heard(News())
     return made
@@ -88,18 +91,39 @@ def test_a_promise_is_the_same_however_often_it_is_asked_for() -> None:
     hashes = list(later.block_hashes)
     first = it.promised(later, 0)
     salted = list(later.block_hashes)
-    assert first == 120 - 6  # 16 of the prompt's last tokens are computed, 10 of them new
+    computed = 20 + 2 + 16  # new ones, the boundary, and the prompt's last ones
+    assert first == 130 - computed
     assert salted != hashes
     assert [it.promised(later, 0) for _ in range(3)] == [first] * 3
     assert later.block_hashes == salted
     it.allocated(later, [4, 5, 6], first)
-    (load,) = it.step({later.request_id: 7}, lambda _: []).loads
-    assert (load.start, load.end, load.holes, load.blocks) == (0, first, ((0, 22),), (4, 5, 6))
-    assert [(p.start, p.end, p.offset) for p in load.pieces] == [(22, first, 2)]
+    (load,) = it.step({later.request_id: computed}, lambda _: []).loads
+    assert load.folded
+    assert (load.start, load.end, load.holes, load.blocks) == (0, first, ((0, 22), (114, 130)), (4, 5, 6))
+    assert [(p.start, p.end, p.offset) for p in load.pieces] == [(22, 114, 2)]
     assert not it.step({}, lambda _: []).loads
 
 
-def test_what_the_engine_has_itself_is_weighed_and_then_left() -> None:
+def test_where_the_engine_computes_less_at_once_it_computes_the_rest_itself() -> None:
+    """A step without room for all: what is loaded ends where the engine begins."""
+    it, known = desk(), text(1, 100)
+    live(it, request(known))
+    later = request([*text(2, 20), *known, *text(3, 10)])
+    it.arrived(later)
+    first = it.promised(later, 0)
+    assert first
+    it.allocated(later, [4, 5, 6], first)
+    (load,) = it.step({later.request_id: 7}, lambda _: []).loads
+    assert not load.folded
+    assert (load.end, load.holes, load.holes_apart()) == (first, ((0, 22),), ((0, 22),))
+    assert [(p.start, p.end) for p in load.pieces] == [(22, first)]
+    later.num_computed_tokens = 130
+    _, report = it.finished(later, [4, 5, 6])
+    assert report is not None
+    assert report.reused_tokens == first - 22
+
+
+def test_what_the_engine_has_itself_is_weighed_and_then_stays() -> None:
     it, known = desk(), text(1, 100)
     live(it, request(known))
     later = request([*known, *text(3, 40)])
@@ -107,13 +131,55 @@ def test_what_the_engine_has_itself_is_weighed_and_then_left() -> None:
     hashes = list(later.block_hashes)
     assert it.promised(later, 80) == 0  # 20 more are not worth it
     assert later.block_hashes == hashes
-    assert it.promised(later, 32) is None  # its own cache would be asked again, under the salt
-    assert later.block_hashes != hashes
-    assert it.promised(later, 0) == 100
-    assert it.promised(later, 48) == 52  # resumed: its own blocks, of before
-    it.allocated(later, [4, 5], 52)
-    (load,) = it.step({}, lambda _: []).loads
-    assert (load.start, load.holes, [(p.start, p.offset) for p in load.pieces]) == (48, (), [(48, 48)])
+    assert it.promised(later, 32) == 68
+    assert later.block_hashes[:2] == hashes[:2]  # everybody's
+    assert not set(later.block_hashes[2:]) & set(hashes)  # nobody else's
+    private = list(later.block_hashes)
+    assert it.promised(later, 48) == 52  # resumed: with a block of its own, of before
+    assert later.block_hashes == private
+    assert it.promised(later, 16) == 84  # one of everybody's has gone meanwhile: what is loaded in its place is its own
+    assert later.block_hashes[:1] == hashes[:1]
+    assert not set(later.block_hashes[1:]) & set(hashes)
+    it.allocated(later, [4, 5], 84)
+    (load,) = it.step({later.request_id: 40}, lambda _: []).loads
+    assert (load.start, load.holes, [(p.start, p.offset) for p in load.pieces]) == (16, ((100, 140),), [(16, 16)])
+    later.num_computed_tokens = 140
+    _, report = it.finished(later, [4, 5])
+    assert report is not None
+    assert [(s.start, s.end, s.rung) for s in report.spans] == [(0, 16, "exact"), (16, 100, "exact")]
+
+
+def test_the_engines_own_tokens_may_be_computed_in_this_very_step() -> None:
+    """Then they are asked for again, as long as others run and more of them appear."""
+    it, known = desk(), text(1, 100)
+    live(it, request(known))
+    other = request(text(7, 50))
+    it.arrived(other)
+    it.allocated(other, [9], 0)
+    later = request([*known[:40], *text(8, 5), *known[40:], *text(3, 40)])
+    it.arrived(later)
+    assert it.promised(later, 16) is None
+    assert it.promised(later, 16) is None  # in the same step
+    it.step({}, lambda _: [])
+    assert it.promised(later, 32) is None  # more of them than then
+    it.step({}, lambda _: [])
+    promised = it.promised(later, 32)
+    assert promised
+    assert it.promised(later, 16)
+    it.finished(other, [9])
+    assert it.promised(later, 48)
+
+
+def test_how_much_is_worth_it_is_what_the_workers_have_measured() -> None:
+    """Where nobody has set it."""
+    for given, promised in ((None, 0), (32, 75)):
+        it, known = desk(least_gain=given), text(1, 100)
+        it.heard(News(least_gain=90))
+        live(it, request(known))
+        later = request([*text(2, 20), *known])
+        it.arrived(later)
+        assert bool(it.promised(later, 0)) is bool(promised)
+        assert it._requests[later.request_id].known.fallback == (None if promised else "little-gain")
 
 
 def test_where_the_salt_does_not_take_nothing_is_promised() -> None:
@@ -249,7 +315,7 @@ def test_what_is_kept() -> None:
     promised = it.promised(later, 0)
     assert promised
     it.allocated(later, [7], promised)
-    it.step({later.request_id: 30}, lambda _: [7])
+    it.step({later.request_id: 150 - promised}, lambda _: [7])
     later.num_computed_tokens = 150
     answer = text(4, 50)
     later.all_token_ids += answer

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from kvcomm.connectors.stats import METRICS, Exporter, Stats, summary
+from kvcomm.connectors.stats import METRICS, Exporter, Stats, reported, summary
 from kvcomm.metrics import Counters
 from kvcomm.segments import ReuseReport, SpanReport
 
@@ -61,3 +63,10 @@ def test_summary() -> None:
     assert said["tokens_by_rung"]["boundary"] == 60
     assert said["producers"] == ["clerk"]
     assert said["fallback"] is None
+
+
+def test_a_response_tells_all_of_the_report() -> None:
+    """As it comes over the wire, clocks of the workers' side apart: nobody measures those."""
+    assert reported(json.loads(json.dumps({"kvcomm": summary(REPORT)}))) == REPORT
+    assert reported({}) is None
+    assert reported(None) is None

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from kvcomm.cli import main
+from kvcomm.connectors.local import LocalEngine
 from kvcomm.demo.workloads import default_team, make_task
 from kvcomm.engine import Output
 from kvcomm.replay.player import Asked
@@ -89,12 +91,15 @@ def test_vllm_has_no_anchors(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_how_an_answer_is_forced(traces: bool) -> None:
     """By vLLM's own trace replay where there is one. What takes its place lets one token through at each position."""
     pytest.importorskip("vllm")
+    from vllm import SamplingParams
+
     from kvcomm.replay.vllm import FORCED, VLLMPlayer, _let_through
 
-    engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=100))
-    llm = SimpleNamespace(get_tokenizer=lambda: AutoTokenizer.from_pretrained(FOLDER), llm_engine=engine)
-    player = VLLMPlayer(llm, 10, trace_replay=traces)
-    params = player._params(Asked("s", "a", [], [1, 2], [5, 6, 7], 99), [5, 6, 7], {})
+    core = SimpleNamespace(model_config=SimpleNamespace(max_model_len=100))
+    llm = SimpleNamespace(get_tokenizer=lambda: AutoTokenizer.from_pretrained(FOLDER), llm_engine=core)
+    player = VLLMPlayer(LocalEngine(llm, count(), True), 10, trace_replay=traces)
+    given = player._sampling(Asked("s", "a", [], [1, 2], [5, 6, 7], 99), [5, 6, 7], {})
+    params = SamplingParams(max_tokens=given.pop("new"), **given)
     assert (params.max_tokens, params.ignore_eos) == (3, True)
     assert params.trace_decode_token_ids == ([5, 6, 7] if traces else None)
     assert params.extra_args.get(FORCED) == (None if traces else [5, 6, 7])

@@ -15,6 +15,7 @@ from kvcomm.connectors.holes import HolePass
 pytest.importorskip("vllm")
 
 Text = Callable[[int], list[int]]
+BLOCK = 128  # tokens of a block of vLLM's CPU cache
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_without_the_salt_it_would_be_poisoned(
     engine: Any, pair: tuple[list[int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control of the test above."""
-    monkeypatch.setattr(vllm_compat, "salt", lambda request: True)
+    monkeypatch.setattr(vllm_compat, "salt", lambda request, kept: True)
     prompt = [*pair[1], *pair[0]]
     engine.ask(prompt)
     (dense,) = engine.ask(prompt, mode="off")
@@ -49,7 +50,7 @@ def test_without_the_salt_it_would_be_poisoned(
 
 
 def test_no_salt_no_promise(engine: Any, pair: tuple[list[int], list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_compat, "salt", lambda request: False)
+    monkeypatch.setattr(vllm_compat, "salt", lambda request, kept: False)
     (output,) = engine.ask([*pair[1], *pair[0]])
     assert engine.error(output) < 1e-4
     assert output.num_cached_tokens == 0
@@ -104,11 +105,12 @@ def test_lost_between_promise_and_load(engine: Any, text: Text, how: str, monkey
 def test_holes_that_fail_are_reported_to_the_engine(
     engine: Any, pair: tuple[list[int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pass itself raises: with the policy "recompute" the engine computes the request."""
+    """Nothing computes them: with the policy "recompute" the engine computes the request."""
 
-    def broken(self: HolePass, rows: object) -> None:
+    def broken(self: HolePass, *given: object) -> None:
         raise RuntimeError("broken")
 
+    monkeypatch.setattr(HolePass, "fold", broken)
     monkeypatch.setattr(HolePass, "run", broken)
     (output,) = engine.ask([*pair[1], *pair[0]])
     assert engine.error(output) < 1e-4
@@ -129,22 +131,73 @@ def test_nothing_of_a_prompt_with_logprobs(engine: Any, pair: tuple[list[int], l
     assert len(output.prompt_logprobs) == len(prompt)
 
 
-@pytest.mark.parametrize("how", ["skipped", "last first"])
+@pytest.mark.parametrize("how", ["not folded", "skipped", "last first"])
 def test_the_oracle_sees_wrong_holes(
     engine: Any, text: Text, pair: tuple[list[int], list[int]], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Negative controls: no pass at all, and one pass per hole in the wrong order."""
+    """Negative controls: the engine computes its last tokens instead, no pass at all, one pass per hole in the wrong order."""
     run = HolePass.run
 
     def wrong(self: HolePass, rows: Any) -> None:
         for row in [] if how == "skipped" else reversed(rows):
             run(self, [row])
 
+    monkeypatch.setattr(HolePass, "fold", lambda self, _, loads: {load.request_id for load in loads if how == "not folded"})
     monkeypatch.setattr(HolePass, "run", wrong)
     (output,) = engine.ask([*pair[1], *text(5), *pair[0], *text(3), *pair[1]])
     plan = engine.plan(output)
     assert len(plan.spans) == 3
     assert engine.error(output, plan) > 1e-3
+
+
+def test_an_engine_that_does_not_compute_what_is_folded_into_it_is_found_out(
+    engine: Any, pair: tuple[list[int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first use: that request is computed again, and holes are computed apart from then on."""
+    worker = engine.worker
+    monkeypatch.setattr(worker, "_judged", False)
+    monkeypatch.setattr(worker, "_folds", True)
+    with monkeypatch.context() as lying:
+        lying.setattr(vllm_compat.Runner, "fold", lambda self, _, wanted: set(wanted))
+        (output,) = engine.ask([*pair[1], *pair[0]])
+    assert engine.error(output) < 1e-4
+    assert "its forward leaves other K/V" in engine.plan(output).fallback
+    passes = worker._holes.passes
+    (again,) = engine.ask([*pair[1], *pair[0]])
+    engine.check(again)
+    assert worker._holes.passes == passes + 1
+
+
+def test_folding_that_fails_is_done_apart(
+    engine: Any, pair: tuple[list[int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: HolePass, *given: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(HolePass, "fold", broken)
+    faults, passes = engine.desk.counters.value("faults", "fold"), engine.worker._holes.passes
+    (output,) = engine.ask([*pair[1], *pair[0]])
+    engine.check(output)
+    assert engine.plan(output).reused > 400
+    assert engine.desk.counters.value("faults", "fold") == faults + 1
+    assert engine.worker._holes.passes == passes + 1
+
+
+def test_the_engines_own_blocks_stay(engine: Any, text: Text, pair: tuple[list[int], list[int]]) -> None:
+    """What vLLM's prefix cache holds exactly is not loaded, and what is loaded behind it is nobody's but the request's."""
+    a, b = pair
+    own = text(BLOCK * 2)
+    engine.ask([*own, *text(9)], mode="off")
+    before = engine.worker._holes.folded
+    (output,) = engine.ask([*own, *b, *a])
+    engine.check(output)
+    assert engine.worker._holes.folded == before + 1
+    plan = engine.plan(output)
+    assert (plan.spans[0].rung, plan.spans[0].start, plan.spans[0].end) == ("exact", 0, len(own))
+    assert output.num_cached_tokens == plan.reused
+    (dense,) = engine.ask([*own, *b, *a], mode="off")
+    assert dense.num_cached_tokens == len(own)
+    assert engine.error(dense) < 1e-4
 
 
 def test_asking_changes_nothing(engine: Any, pair: tuple[list[int], list[int]]) -> None:
@@ -177,8 +230,11 @@ def test_reset(engine: Any, pair: tuple[list[int], list[int]]) -> None:
     assert len(engine.worker._store.segments()) == 1
 
 
-def test_fuzz(engine: Any, text: Text) -> None:
+@pytest.mark.parametrize("folds", [True, False], ids=["folded", "apart"])
+def test_fuzz(engine: Any, text: Text, folds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random prompts of known runs and new text, four at a time beside a dense one; every answer is the oracle's."""
+    monkeypatch.setattr(engine.worker, "_folds", folds)
+    before = engine.worker._holes.folded
     rng = np.random.default_rng(7)
     known = [text(int(n)) for n in (150, 97, 61, 203)]
     engine.ask([*chain(*known)])
@@ -200,5 +256,6 @@ def test_fuzz(engine: Any, text: Text) -> None:
             engine.check(output)
             reused += plan.reused
             holes += len(plan.recompute)
-    assert reused > 3000
+    assert reused > (3000 if folds else 2500)
     assert holes > 500
+    assert (engine.worker._holes.folded > before + 15) == folds

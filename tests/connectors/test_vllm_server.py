@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import pytest
@@ -24,7 +15,7 @@ from kvcomm.agents.team import Team
 from kvcomm.demo.workloads import ROLES, default_team, make_task
 from kvcomm.engine import Output
 from kvcomm.segments import ReuseReport
-from kvcomm.tiny import FOLDER, tasks
+from kvcomm.tiny import tasks
 
 pytest.importorskip("vllm")
 
@@ -66,51 +57,17 @@ class Client:
         return Output(done["choices"][0]["message"]["content"].strip(), [], 0.0, report)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Its address."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    options = ["--model", str(FOLDER), "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
-    options += ["--max-model-len", "2048", "--host", "127.0.0.1", "--port", str(port)]
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "kvcomm", "vllm", *options], stdout=out, stderr=out, env=env)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait(url, process, log)
-        yield url
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(240):
-        assert process.poll() is None, log.read_text()[-4000:]
-        try:
-            urlopen(f"{url}/health", timeout=1).close()
-            return
-        except (URLError, OSError):
-            time.sleep(0.5)
-    pytest.fail(log.read_text()[-4000:])
-
-
 def team(workload: str) -> Team:
     return default_team(workload, 4)
 
 
-def test_teams_answer_as_they_do_densely(server: str) -> None:
+def test_teams_answer_as_they_do_densely(server: Any) -> None:
     """Three teams, each once with mode off and once shared: as many right answers but for noise, at high reuse."""
     right = {"off": 0, "on": 0}
     reused = total = same = calls = 0
     for number, workload in enumerate(ROLES):
         task = make_task(random.Random(number), workload, team(workload).agents, documents=5)
-        done = {mode: team(workload).run(Client(server, {"mode": mode}, mode), task.fields) for mode in right}
+        done = {mode: team(workload).run(Client(server.url, {"mode": mode}, mode), task.fields) for mode in right}
         for mode, run in done.items():
             right[mode] += sum(sum(tasks.score(task.items[turn.agent], turn.output.text)) for turn in run.turns)
         for i, (dense, shared) in enumerate(zip(done["off"].turns, done["on"].turns, strict=True)):
@@ -126,10 +83,10 @@ def test_teams_answer_as_they_do_densely(server: str) -> None:
     assert reused > 0.7 * total
 
 
-def test_every_way_to_ask(server: str) -> None:
+def test_every_way_to_ask(server: Any) -> None:
     """Completions, chat and responses, streamed and not, read each other's text; the answer is always the same."""
     client, text = (
-        Client(server, {}),
+        Client(server.url, {}),
         " ".join(f"the price of {w} is {i} ." for i, w in enumerate("pears plums figs nuts".split() * 12)),
     )
     ask = {"messages": [{"role": "system", "content": "you are a clerk ."}, {"role": "user", "content": text}]}
@@ -151,40 +108,14 @@ def test_every_way_to_ask(server: str) -> None:
     assert other["kv_transfer_params"]["kvcomm"]["reused_tokens"] == 0
 
 
-def test_counters_beside_vllms_own(server: str) -> None:
-    client = Client(server, {})
+def test_counters_beside_vllms_own(server: Any) -> None:
+    client = Client(server.url, {})
     text = " ".join(f"the weight of {w} is {i} ." for i, w in enumerate("pears plums figs nuts".split() * 12))
-    before = _counters(server)
+    before = server.counters()
     for start in ("well", "so"):
         client.post("/v1/completions", prompt=f"{start} . {text}", max_tokens=4)
-    after = _counters(server)
+    after = server.counters()
     assert after["kvcomm:requests_total"] == before.get("kvcomm:requests_total", 0) + 2
     rungs = {name: count for name, count in after.items() if name.startswith("kvcomm:reused_tokens_total")}
     assert sum(rungs.values()) > 0
     assert "vllm:prompt_tokens_total" in after
-
-
-def _counters(url: str) -> dict[str, float]:
-    """Counters summed over vLLM's labels, by name and our own label."""
-    found: dict[str, float] = {}
-    with urlopen(f"{url}/metrics", timeout=30) as response:
-        for line in response.read().decode().splitlines():
-            if parts := re.match(r"([\w:]+_total)\{([^}]*)\} (\S+)", line):
-                ours = re.search(r'(rung|reason|kind)="[^"]*"', parts[2])
-                name = parts[1] + (f"{{{ours[0]}}}" if ours else "")
-                found[name] = found.get(name, 0.0) + float(parts[3])
-    return found
-
-
-@pytest.mark.parametrize(("example", "needs"), [("openai_client", "openai"), ("langgraph_supervisor", "langgraph")])
-def test_examples_with_real_clients(server: str, example: str, needs: str) -> None:
-    """Run as a person runs them; the agents behind the first find its text known."""
-    pytest.importorskip(needs)
-    script = Path(__file__).parents[2] / "examples" / "vllm" / f"{example}.py"
-    before = _counters(server)
-    env = {**os.environ, "OPENAI_BASE_URL": f"{server}/v1", "OPENAI_API_KEY": "none"}
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "city of bob is oslo so note a is oslo ." in done.stdout
-    reused = {name: count - before.get(name, 0) for name, count in _counters(server).items() if "reused_tokens" in name}
-    assert sum(reused.values()) > 60

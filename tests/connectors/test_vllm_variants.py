@@ -58,6 +58,20 @@ def test_other_engines(start_engine: Start, text: Text, rope: str, options: dict
         assert [engine.plan(o).reused > 0 for o in outputs] == [True, True, False, True]
 
 
+def test_what_is_worth_it_is_measured_at_start(start_engine: Start, text: Text) -> None:
+    a, b = text(400), text(300)
+    with running(start_engine(extra={"least_gain": None})) as engine:
+        least = engine.desk._least_gain
+        assert 0 < least <= 2048
+        engine.ask([*a, *b])
+        few, many = engine.ask([*text(3), *b[:40]], [*b, *a])
+        engine.check(few, many)
+        for output, known in ((few, 30), (many, 690)):
+            plan = engine.plan(output)
+            assert (plan.fallback == "little-gain") == (plan.reused == 0)
+            assert plan.reused > 0 or known < least + 40
+
+
 def test_hole_budget(start_engine: Start, text: Text) -> None:
     """What would exceed it is left to the engine, and requests of one step wait for each other."""
     a, b = text(150), text(130)

@@ -19,6 +19,8 @@ from kvcomm.demo.summary import summarise
 from kvcomm.demo.workloads import ROLES, default_team, make_task, own_questions, style_of
 from kvcomm.engine import Output
 from kvcomm.errors import TeamError
+from kvcomm.replay.readers import read_trace
+from kvcomm.replay.recording.recorder import Recorder
 from kvcomm.segments import ReuseReport
 from kvcomm.tiny import tasks
 
@@ -174,6 +176,37 @@ def test_rounds_do_not_make_agents() -> None:
     math = summarise(calls)["math"]
     assert [(a["position"], a["agent"]) for a in math["agents"]] == list(enumerate(ROLES["math"][:3], 1))
     assert (math["calls"], math["later_agents"]["calls"]) == (6, 4)
+
+
+def test_the_dense_arm_is_recorded(tmp_path: Path) -> None:
+    """Each of its calls, in the order in which they are made and nothing of the other arms."""
+    teams = {name: default_team(name, 3) for name in ("math", "code")}
+    requests = [make_task(random.Random(n), name, teams[name].agents, 3) for n, name in enumerate(("math", "code", "math"))]
+    asked: list[Any] = []
+
+    class Asked(Echo):
+        def generate(self, messages: Any, **options: Any) -> Output:
+            asked.append(messages)
+            return super().generate(messages, **options)
+
+    with Recorder(tmp_path / "t.jsonl") as record:
+        runner.run({arm: Asked() if arm == "dense" else Echo() for arm in ARMS}, teams, requests, seed=4, record=record)
+    calls = list(read_trace(tmp_path / "t.jsonl", strict=True))
+    assert [c.session for c in calls] == [name for name in ("math-4-0", "code-4-1", "math-4-2") for _ in range(3)]
+    assert [c.agent for c in calls] == [*ROLES["math"][:3], *ROLES["code"][:3], *ROLES["math"][:3]]
+    assert [[{"role": m.role, "content": m.content} for m in c.messages] for c in calls] == [list(m) for m in asked]
+    assert [c.output for c in calls] == [c.agent for c in calls]
+
+
+def test_a_recorded_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "t.jsonl"
+    assert main(["demo", "-q", "--requests", "1", "--documents", "2", "--agents", "2", "--record", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"recorded: 2 calls of the dense arm in {file}")
+    first, second = read_trace(file, strict=True)
+    assert first.output
+    assert first.output in second.messages[-1].content
+    assert main(["demo", "-q", "--requests", "1", "--record", str(tmp_path)]) == 1
+    assert "Is a directory" in capsys.readouterr().err
 
 
 def test_answers_are_compared_within_their_round() -> None:

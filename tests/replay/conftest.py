@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -279,3 +281,16 @@ def hand() -> Write:
 @pytest.fixture
 def chat() -> Callable[..., list[Call]]:
     return group_chat
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, calls: list[Call]) -> Path:
+    """The folder of recorded traces that KVCOMM_TRACES names; where there is none, a made-up trace of the same files."""
+    if given := os.environ.get("KVCOMM_TRACES"):
+        return Path(given)
+    folder = tmp_path / "recorded" / "made-up"
+    folder.mkdir(parents=True)
+    (folder / "calls.jsonl").write_bytes(by_hand(calls))
+    (folder / "aiperf_mooncake_messages.jsonl").write_bytes(aiperf(calls))
+    (folder / "otel_genai_one_session.json").write_bytes(otel_parts([c for c in calls if c.session == "one"]))
+    return folder.parent

@@ -8,6 +8,7 @@ import os
 import random
 import tracemalloc
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,7 @@ def test_broken_lines_are_named_counted_and_left_out(calls: list[Call], hand: Wr
         b"{}": "no known format",
         b'{"some": "thing", "else": 1}': "else, some",
         b'{"attributes": 5, "span_id": "x", "messages": true}': "messages is a bool",
+        b'{"span_id": "x", "attributes": {"gen_ai.operation.name": "chat"}}': "a call (chat) without its messages",
         b'{"run_type": "llm", "inputs": 3}': "without inputs",
         b'{"span_id": "x", "attributes": {"gen_ai.input.messages": 5}}': "gen_ai.input.messages is a int",
         b'{"span_id": "x", "attributes": {"openinference.span.kind": "LLM"}}': "an LLM span without llm.input_messages",
@@ -305,6 +307,12 @@ def test_empty(data: bytes, tmp_path: Path) -> None:
 def test_no_trace_at_all(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no call of a model"):
         list(read_trace(saved(tmp_path, data)))
+
+
+def test_spans_without_a_call(tmp_path: Path) -> None:
+    spans = [{"span_id": str(i), "attributes": {"gen_ai.operation.name": "execute_tool"}} for i in range(3)]
+    with pytest.raises(InputError, match="3 records, and none of them is a call"):
+        list(read_trace(saved(tmp_path, json.dumps({"spans": spans}).encode())))
 
 
 def test_a_record_too_large_inside_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,6 +372,64 @@ def test_neither_file_nor_folder(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match=r"does not exist|is no file and no folder"):
         list(read_trace(tmp_path / name))
+
+
+JUNK: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    1e300,
+    10**400,
+    "",
+    "x",
+    "[{",
+    "[1]",
+    '{"role": 5}',
+    [],
+    [[]],
+    {},
+    {"a": {}},
+    {"role": "user"},
+    "\ud800",
+)
+
+
+def spoiled(value: Any, rng: random.Random) -> Any:
+    """The same with something else somewhere in it."""
+    if isinstance(value, str) and value.endswith(("]", "}")) and rng.random() < 0.7:
+        return json.dumps(spoiled(json.loads(value), rng)) if value[0] in "[{" else value
+    if isinstance(value, dict | list) and value and rng.random() < 0.9:
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if rng.random() < 0.1:
+            return (
+                [v for i, v in enumerate(value) if i != key]
+                if isinstance(value, list)
+                else {k: v for k, v in value.items() if k != key}
+            )
+        out = copy(value)
+        out[key] = spoiled(value[key], rng)
+        return out
+    return rng.choice(JUNK)
+
+
+def test_anything_anywhere(write: Write, chat: Chat, tmp_path: Path) -> None:
+    """Whatever stands where, what comes out are calls or InputError."""
+    rng = random.Random(0)
+    data = write(chat("s", rng, rounds=2, words=2))
+    lines = data.splitlines() if data.count(b"\n") == 2 else [data]
+    for _ in range(150):
+        rows = [json.loads(line) for line in lines]
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(rows))
+            rows[at] = spoiled(rows[at], rng)
+        try:
+            for call in read_trace(saved(tmp_path, "\n".join(map(json.dumps, rows)).encode())):
+                assert call.session
+                assert call.agent
+                assert all(isinstance(text, str) for m in call.messages for text in (m.role, m.content, m.name))
+                (call.output + call.session + call.agent + "".join(m.role + m.content + m.name for m in call.messages)).encode()
+        except InputError:
+            pass
 
 
 def test_a_new_format_is_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,9 +19,15 @@ def built() -> PreTrainedTokenizerFast:
     return tokenizer.build()
 
 
-@given(st.text(max_size=60))
-def test_any_text_survives(text: str) -> None:
-    shipped = AutoTokenizer.from_pretrained(FOLDER)
+@pytest.fixture(scope="module")
+def shipped() -> PreTrainedTokenizerFast:
+    loaded = AutoTokenizer.from_pretrained(FOLDER)
+    assert isinstance(loaded, PreTrainedTokenizerFast)
+    return loaded
+
+
+@given(text=st.text(max_size=60))
+def test_any_text_survives(shipped: PreTrainedTokenizerFast, text: str) -> None:
     for special in tokenizer.SPECIAL:
         text = text.replace(special, "")
     assert shipped.decode(shipped(text).input_ids) == text
@@ -31,8 +38,7 @@ def test_every_word_is_one_token(built: PreTrainedTokenizerFast) -> None:
         assert len(built(f" {word}").input_ids) == 1, word
 
 
-def test_the_shipped_tokenizer_is_the_built_one(built: PreTrainedTokenizerFast) -> None:
-    shipped = AutoTokenizer.from_pretrained(FOLDER)
+def test_the_shipped_tokenizer_is_the_built_one(built: PreTrainedTokenizerFast, shipped: PreTrainedTokenizerFast) -> None:
     assert shipped.get_vocab() == built.get_vocab()
     assert shipped.chat_template == built.chat_template
     assert shipped.eos_token == "<|end|>"
@@ -49,3 +55,23 @@ def test_training_saw_what_the_chat_template_gives(built: PreTrainedTokenizerFas
     messages = [{"role": "system", "content": "you are the clerk ."}, {"role": "user", "content": "city of bob ?"}]
     ids = built.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ids == encode("<bos> <|system|> you are the clerk . <|end|> <|user|> city of bob ? <|end|> <|assistant|>")
+
+
+def test_chat_template_and_tools(built: PreTrainedTokenizerFast) -> None:
+    """A call leaves no words, its result is read as a user's message, and what has words is what it was without tools."""
+    call = {"id": "a", "type": "function", "function": {"name": "ask_clerk", "arguments": "{}"}}
+    said = {"role": "user", "content": " city of bob ? "}
+    result = {"role": "tool", "tool_call_id": "a", "content": "clerk says : oslo ."}
+
+    def rendered(*messages: Any) -> str:
+        text = built.apply_chat_template(list(messages), tokenize=False)
+        assert isinstance(text, str)
+        return text
+
+    for nothing in (None, ""):
+        asked = {"role": "assistant", "content": nothing, "tool_calls": [call]}
+        assert rendered(said, asked, result) == "<bos><|user|> city of bob ?<|end|><|user|> clerk says : oslo .<|end|>"
+    asked = {"role": "assistant", "content": "well .", "tool_calls": [call]}
+    assert rendered(said, asked) == rendered(said, {"role": "assistant", "content": "well ."})
+    empty = {"role": "assistant", "content": ""}
+    assert rendered(said, empty) == "<bos><|user|> city of bob ?<|end|><|assistant|> <|end|>"

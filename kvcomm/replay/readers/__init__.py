@@ -35,7 +35,8 @@ class Trace:
         self.problems: list[Problem] = []  # the first ones
         self.skipped = 0  # all of them
         self.formats: Counter[str] = Counter()  # calls by format
-        self.unknown = 0  # records of no known format
+        self.records = 0
+        self.unknown = 0  # of no known format
         self._calls = in_sessions(self._found())
 
     def __iter__(self) -> Iterator[Call]:
@@ -52,8 +53,12 @@ class Trace:
         for path in self._files():
             yield from self._file(path)
         if not self.formats.total():
-            if not self.problems:
+            if not self.records + self.skipped:
                 raise InputError(f"{self.path}: there is nothing in it")
+            if not self.problems:
+                raise InputError(
+                    f"{self.path}: {self.records} records, and none of them is a call of a model with its messages"
+                )
             names = ", ".join(f.name for f in (kind() for kind in FORMATS))
             more = f" (and {self.skipped - 1} more)" if self.skipped > 1 else ""
             raise InputError(f"{self.path}: no call of a model that can be read as {names}. {self.problems[0]}{more}")
@@ -63,6 +68,7 @@ class Trace:
         calls = 0
         try:
             for record, where in records(path, self._report):
+                self.records += 1
                 format_ = next((f for f in formats if f.fits(record)), None)
                 if format_ is None:
                     self.unknown += 1

@@ -51,7 +51,7 @@ def message(value: Any, what: str = "message") -> Message:
     body = value.get("parts") if value.get("content") is None else value["content"]
     if not isinstance(body, str | list | Mapping | None):
         raise BadRecord(f"{what}.content is {_kind(body)}, not text")
-    return Message(ROLES.get(role, role) or "user", text(body, value.get("tool_calls")), name_in(value, "name"))
+    return Message(clean(ROLES.get(role, role)) or "user", text(body, value.get("tool_calls")), name_in(value, "name"))
 
 
 def text(body: Any, tool_calls: Any = None) -> str:

@@ -102,7 +102,7 @@ def _is_lines(head: bytes) -> bool:
     starts = [line for line in whole if line.startswith(b"{")]
     if not starts:
         return head.lstrip()[:1] not in (b"[", b"{")
-    return any(isinstance(_parsed(line), dict) for line in starts[:8])
+    return any(isinstance(_parsed(line), dict) for line in starts)
 
 
 def _parsed(line: bytes) -> Any:
@@ -141,8 +141,9 @@ def _opened(value: Any) -> Iterator[Record]:
         if isinstance(top, list):
             stack += reversed(top)
         elif isinstance(top, Mapping):
-            inside = [top[k] for k in WRAPPERS if isinstance(top.get(k), list | Mapping)]
-            if not inside or any(k in top for k in OWN):
+            record = any(k in top for k in OWN)
+            inside = [top[k] for k in (("child_runs",) if record else WRAPPERS) if isinstance(top.get(k), list | Mapping)]
+            if record or not inside:
                 yield top
             stack += reversed(inside)
 

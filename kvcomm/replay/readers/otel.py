@@ -19,6 +19,7 @@ __all__ = ["OTel", "Span", "plain"]
 IN = ("gen_ai.input.messages", "gen_ai.prompt", "gen_ai.request.messages", "gen_ai.input.text")
 OUT = ("gen_ai.output.messages", "gen_ai.output.text", "gen_ai.completion", "gen_ai.response.text")
 OLD = ("system", "user", "assistant", "tool")  # gen_ai.<role>.message
+CALL = ("chat", "text_completion", "generate_content")
 NO_CALL = ("embeddings", "execute_tool", "create_agent", "invoke_agent", "invoke_workflow", "retrieval")
 
 
@@ -63,7 +64,11 @@ class Span:
             started=self.started,
             ended=self.ended,
             where=where,
-            extra={"trace": self.trace, "model": name_in(self.attributes, "gen_ai.request.model", "llm.model_name")},
+            extra={
+                "trace": self.trace,
+                "model": name_in(self.attributes, "gen_ai.request.model", "llm.model_name"),
+                "tools": decoded(self.attributes.get("gen_ai.tool.definitions")),
+            },
         )
 
 
@@ -85,7 +90,11 @@ class OTel:
         answer = next((_answer(said[k], k) for k in OUT if said.get(k) is not None), None)
         old_prompt, old_answer = _old_events(span.events)
         prompt, answer = prompt or old_prompt or _indexed(said), answer if answer is not None else old_answer
-        if said.get("gen_ai.operation.name") in NO_CALL or not prompt:
+        operation = said.get("gen_ai.operation.name")
+        if operation in CALL and not prompt:
+            why = said.get("kvcomm.record.problem", "most instrumentations record them only when told to")
+            raise BadRecord(f"a call ({operation}) without its messages: {why}")
+        if operation in NO_CALL or not prompt:
             return span.around()
         told = said.get("gen_ai.system_instructions")
         if told is not None:
@@ -121,17 +130,10 @@ def _value(value: Any) -> Any:
 
 
 def _when(record: Record, *keys: str) -> float | None:
-    for key in keys:
-        value = record.get(key)
-        if value is not None:
-            number = isinstance(value, int | float) or (isinstance(value, str) and value.isdigit())
-            return seconds(value, 1e-9 if number and float(value) > 1e14 else 1.0) if not key.endswith("ano") else _nano(value)
-    return None
-
-
-def _nano(value: Any) -> float | None:
-    whole = seconds(value)
-    return None if whole is None else whole * 1e-9
+    """Seconds. In nanoseconds where the key says so, or where a number is as large as one of these."""
+    key = next((k for k in keys if record.get(k) is not None), "")
+    found = seconds(record.get(key))
+    return found if found is None or (found < 1e14 and "nano" not in key.lower()) else found * 1e-9
 
 
 def _answer(value: Any, key: str) -> str:

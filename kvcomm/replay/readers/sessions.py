@@ -23,7 +23,7 @@ from kvcomm.replay.readers.base import Around
 
 __all__ = ["HELD_BYTES", "IDLE", "in_sessions"]
 
-IDLE = 4096  # records of other sessions after which a session is over
+IDLE = 1024  # records of other sessions after which a session is over
 HELD_BYTES = 32 << 20  # of text and bookkeeping in all sessions held, about
 AROUND = 65536  # spans around calls that are remembered
 OVERHEAD = 200  # bytes of a message or a call beside its text, about
@@ -103,6 +103,8 @@ def _named(call: Call, spans: Spans) -> Call:
 
 def _answered(calls: list[Call]) -> list[Call]:
     """With outputs that the trace does not record but later prompts show."""
+    if all(c.answered for c in calls):
+        return calls
     out = list(calls)
     known: set[str] = set()  # contents of all prompts up to the call
     for i, call in enumerate(calls):

@@ -1,0 +1,1 @@
+"""What of recorded prompts could be reused, and how: `kvcomm analyze`."""

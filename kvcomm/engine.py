@@ -20,12 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvcomm.anchors.admission import Novel
 from kvcomm.anchors.pool import AnchorPool
 from kvcomm.call import Call
-from kvcomm.codecs import codec
 from kvcomm.config import Config
-from kvcomm.correcting import Corrector
+from kvcomm.correcting import Corrector, empty_pool
 from kvcomm.draft_check import check
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.learning import Learner
@@ -37,6 +35,7 @@ from kvcomm.request import Request
 from kvcomm.segments import Plan, ReuseReport, SegmentKV, Span
 from kvcomm.store.memory import MemoryStore
 from kvcomm.streaming import Stream
+from kvcomm.waiting import longest
 from kvcomm.who import Callers, Who
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ class KVComm:
         self.index = TextIndex(
             min_run=self.config.min_run, max_windows=self.config.index_windows, variants=self.config.variants
         )
-        self.anchors = _pool(self.config) if anchors is None else anchors
+        self.anchors = empty_pool(self.config) if anchors is None else anchors
         self.counters = Counters()
         self.reports: deque[ReuseReport] = deque(maxlen=1000)
         self._learner = Learner(backend, self.store, self.index, self.config)
@@ -197,7 +196,7 @@ class KVComm:
             reason = self.backend.refusal(inputs, {}, None)
             if reason is not None:
                 raise InputError(f"this model's KV cannot be kept now: {reason}")
-            self._corrector.expect_alone(who.tenant)
+            self._corrector.waiting.expect_alone(who.tenant)
             return self._learner.prefill(inputs, len(first), producer, who.tenant)
 
     @contextmanager
@@ -308,8 +307,9 @@ class KVComm:
         report = request.report(plan)
         started, who, lessons = perf_counter(), request.who, list[Span]()
         try:
-            lessons = self._corrector.lessons(plan, request.known, who)
-            self._corrector.learn(request.ids, lessons, cache, who)
+            lessons = self._corrector.waiting.lessons(plan, request.known, who.tenant, self.store)
+            real = ((s, self.backend.read(cache, s.start, s.end, plan.length)) for s in longest(lessons))
+            self._corrector.learn(request.ids, real, who)
         except Exception as fault:  # noqa: BLE001  # learning is optional: the answer is already there
             self._count_fault("anchor", fault)
         try:
@@ -437,7 +437,3 @@ class KVComm:
     def _count_fault(self, kind: str, fault: Exception | str) -> None:
         self.counters.fault(kind)
         log.warning("a %s fault, counted: %s", kind, fault)
-
-
-def _pool(config: Config) -> AnchorPool:
-    return AnchorPool(config.anchor_bytes, config.anchors_per_slot, codec(config.anchor_codec), Novel())

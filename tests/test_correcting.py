@@ -24,7 +24,6 @@ from kvcomm.segments import Plan, SegmentKV, Span
 from kvcomm.testing import tiny_random
 from kvcomm.tiny import tasks
 from kvcomm.tiny import tokenizer as tiny_tokenizer
-from kvcomm.who import Who
 
 CONTENT = " city is oslo . pet is dog . the old river waits slowly . food is rice . the young sailor sings loudly ."
 OWNERS = ("bob", "erin", "jack", "alice", "mary", "carl", "dora", "fred")
@@ -412,4 +411,4 @@ def test_lessons_are_what_is_known_and_not_served(comm: KVComm) -> None:
     (record,) = comm.index._records.values()
     segment = replace(record.segment, alone=True)
     known = [Span(100 * i, 100 * i + 20 + i, "boundary", segment, 0) for i in range(12)]
-    assert comm._corrector.lessons(Plan.dense(1300, "learning"), known, Who()) == known
+    assert comm._corrector.waiting.lessons(Plan.dense(1300, "learning"), known, "", comm.store) == known

@@ -25,7 +25,7 @@ LAYERS = (
     ("store",),
     ("guard", "metrics", "policy"),
     ("who",),
-    ("backends", "call", "request"),
+    ("backends", "call", "request", "waiting"),
     ("correcting", "draft_check", "learning"),
     ("engine",),
     ("connectors", "wire"),

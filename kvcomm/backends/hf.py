@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from kvcomm.backends.refusal import refusal
 from kvcomm.backends.span_cache import BufferPool, SpanCache
 from kvcomm.backends.watched import Witness
 from kvcomm.errors import CacheFault
+from kvcomm.estimators.features import context_features
 from kvcomm.fingerprint import Watch, fingerprint
 from kvcomm.plain import PlainKV
 from kvcomm.rope import Tables, reach
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["HFBackend"]
-
-CONTEXT = 8  # tokens in front of a span whose embeddings are its context features
 
 
 class HFBackend:
@@ -133,8 +131,7 @@ class HFBackend:
     def context(self, ids: Ids) -> Tensor:
         embedding: Any = self.model.get_input_embeddings()  # declared as a module, of which any attribute may be one
         table: Tensor = embedding.weight.detach()
-        tail = table[torch.from_numpy(ids[-CONTEXT:].astype(np.int64)).to(table.device)].float().cpu()
-        return torch.cat([tail.new_zeros(CONTEXT - len(tail), tail.shape[1]), tail]).flatten()
+        return context_features(ids, lambda tail: table[tail.to(table.device)])
 
     # -- the pass -------------------------------------------------------------------------------------------------------
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from kvcomm.backends.span_cache import SpanCache
 from kvcomm.plain import PlainKV
-from kvcomm.rope import Rope
+from kvcomm.rope import Rope, Tables
 from kvcomm.segments import SegmentKV
 
-__all__ = ["correct", "plain"]
+__all__ = ["add", "correct", "plain"]
 
 
 @torch.no_grad()
@@ -29,15 +29,19 @@ def plain(rope: Rope, kv: SegmentKV, start: int, end: int) -> PlainKV:
 @torch.no_grad()
 def correct(rope: Rope, cache: SpanCache, length: int, start: int, deviation: PlainKV) -> None:
     """Adds `deviation` to the K/V of tokens [start, start + deviation.tokens) in `cache`, keys rotated to their place there."""
-    tokens = deviation.tokens
-    steps = torch.arange(tokens, device=deviation.keys[0].device)
+    steps = torch.arange(deviation.tokens, device=deviation.keys[0].device)
     turn = rope.turn(rope.tables(start + steps, length), rope.tables(torch.zeros_like(steps), length))
-    for i, (layer, keys, values) in enumerate(zip(cache.layers, deviation.keys, deviation.values, strict=True)):
-        k, v = (x[0, :, start : start + tokens] for x in (layer.k, layer.v))  # [heads, tokens, dim]
-        turned = torch.empty(k.shape, device=keys.device)
-        rope.rotate(i, _heads(keys, k.shape[0]), turn, turned)
-        k.copy_(k.float() + turned.to(k.device))
-        v.copy_(v.float() + _heads(values, v.shape[0]).to(v.device))
+    for i, layer in enumerate(cache.layers):
+        add(rope, i, turn, deviation, *(x[0, :, start : start + deviation.tokens] for x in (layer.k, layer.v)))
+
+
+def add(rope: Rope, layer: int, turn: Tables, deviation: PlainKV, keys: Tensor, values: Tensor) -> None:
+    """Adds one layer of `deviation`, its keys rotated by `turn`, to `keys` and `values` [heads, tokens, dim]; in float32."""
+    change = _heads(deviation.keys[layer], keys.shape[0])
+    turned = torch.empty_like(change)
+    rope.rotate(layer, change, turn, turned)
+    keys.copy_(keys.float() + turned.to(keys.device))
+    values.copy_(values.float() + _heads(deviation.values[layer], values.shape[0]).to(values.device))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
 from kvcomm.connectors import vllm_compat as compat
+from kvcomm.connectors.advising import Adviser, Lens
 from kvcomm.connectors.capture import Keeper
 from kvcomm.connectors.costs import measure
 from kvcomm.connectors.holes import HolePass
@@ -103,17 +104,22 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):
             compat.log.error("kvcomm: this engine cannot be served: %s", error, exc_info=not known)
             self.worker = Refusing(str(error) if known else repr(error))
             return
-        store = MemoryStore(self._settings.config.store_bytes // self._ranks)
+        settings, alone = self._settings.config, self._ranks == 1
+        store = MemoryStore(settings.store_bytes // self._ranks)
+        keeper, adviser = Keeper(pages, store), None
+        if alone and settings.anchors != "off":
+            adviser = Adviser(Lens(compat.fingerprint(config), rope, runner), store, keeper, settings)
         proof = partial(try_fold, pages, holes)
         never = config.model_config.max_model_len  # a prompt has no more tokens
         self.worker = Worker(
             Loader(pages, rope, store),
-            Keeper(pages, store),
+            keeper,
             holes,
             store,
             proof,
+            adviser,
             least_gain=never if costs.least_gain is None else costs.least_gain,
-            alone=self._ranks == 1,
+            alone=alone,
         )
         compat.log.info("kvcomm: %s", costs)
 

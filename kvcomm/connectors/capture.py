@@ -7,6 +7,8 @@ whose K/V nobody ever computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -57,10 +59,14 @@ class Keeper:
         """Raises CacheFault where the K/V is not finite."""
         if segment.key in self._store:
             return Kept(stored=True)
-        end = segment.start + len(segment.ids)
-        both = [self._pages.read(layer, save.blocks, segment.start, end) for layer in range(len(self._pages.layers))]
+        return self._store.put(segment, self.read(save.blocks, segment.start, segment.start + len(segment.ids)))
+
+    @torch.inference_mode()
+    def read(self, blocks: Sequence[int], start: int, end: int) -> SegmentKV:
+        """Copies of what a request's cache holds of tokens [start, end)."""
+        both = [self._pages.read(layer, blocks, start, end) for layer in range(len(self._pages.layers))]
         keys, values = (tuple(pair[i] for pair in both) for i in (0, 1))
-        return self._store.put(segment, SegmentKV(keys, values, segment.start, end))
+        return SegmentKV(keys, values, start, end)
 
 
 def _exact_to(plan: Plan) -> int:

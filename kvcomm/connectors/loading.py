@@ -1,4 +1,4 @@
-"""Puts stored K/V to their new place in the engine's paged cache: keys rotated in float32, values copied.
+"""Puts stored K/V to their new place in the engine's paged cache: keys rotated in float32, values copied, deviations added.
 
 What did not move is copied bit for bit. Knows nothing of plans, schedulers or versions of vLLM.
 """
@@ -12,14 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvcomm.backends.pre_rope import add
 from kvcomm.connectors.messages import Load, Piece
 from kvcomm.connectors.pages import Pages
 from kvcomm.errors import CacheFault
+from kvcomm.plain import PlainKV
 from kvcomm.rope import Rope, Tables
 from kvcomm.segments import SegmentKV
 from kvcomm.store.base import Store
 
-__all__ = ["Loader", "Lost"]
+__all__ = ["Deviations", "Loader", "Lost"]
 
 PART = 256  # tokens that are rotated at a time: they stay in a CPU's cache
 
@@ -32,6 +34,11 @@ class _Part:
     values: list[Tensor]
     turn: Tables | None  # None: they did not move
     slots: Tensor  # int64 [tokens]
+    change: tuple[Tables, PlainKV] | None  # what is added, and the rotation that brings it there
+
+
+Deviations = Sequence[tuple[int, PlainKV]]
+"""Position of the first token, what is to be added from there on."""
 
 
 class Loader:
@@ -41,11 +48,11 @@ class Loader:
         self._pages, self._rope, self._store = pages, rope, store
 
     @torch.inference_mode()
-    def load(self, load: Load) -> None:
-        """Writes the pieces of `load`. Raises CacheFault, having written nothing, where a segment is not there (`Lost`, which
-        says which one) or is too short.
+    def load(self, load: Load, deviations: Deviations = ()) -> None:
+        """Writes the pieces of `load`, `deviations` added to them. Raises CacheFault, having written nothing, where a segment
+        is not there (`Lost`, which says which one) or is too short.
         """
-        parts = [part for piece in load.pieces for part in self._parts(piece, self._found(piece), load.blocks)]
+        parts = [part for piece in load.pieces for part in self._parts(piece, self._found(piece), load.blocks, deviations)]
         for layer, cache in enumerate(self._pages.layers):
             device = cache.paged.device
             turned = torch.empty(PART, cache.heads, cache.dim, dtype=self._pages.dtype, device=device)
@@ -55,6 +62,10 @@ class Loader:
                     moved = turned[: keys.shape[1]].transpose(0, 1)
                     self._rope.rotate(layer, keys, part.turn, moved)
                     keys = moved
+                if part.change is not None:
+                    keys, values = (x.to(torch.float32, copy=True) for x in (keys, values))
+                    add(self._rope, layer, *part.change, keys, values)
+                    keys, values = (x.to(self._pages.dtype) for x in (keys, values))
                 self._pages.write(layer, keys.transpose(0, 1), values.transpose(0, 1), part.slots.to(device))
 
     def _found(self, piece: Piece) -> SegmentKV:
@@ -65,7 +76,7 @@ class Loader:
             raise CacheFault(f"a segment of {kv.tokens} tokens has none from {piece.offset} on to [{piece.start}, {piece.end})")
         return kv
 
-    def _parts(self, piece: Piece, kv: SegmentKV, blocks: Sequence[int]) -> Iterator[_Part]:
+    def _parts(self, piece: Piece, kv: SegmentKV, blocks: Sequence[int], deviations: Deviations) -> Iterator[_Part]:
         slots = self._pages.slots(blocks, np.arange(piece.start, piece.end))
         turn = self._turn(piece, kv)
         for a in range(0, piece.end - piece.start, PART):
@@ -76,6 +87,7 @@ class Loader:
                 [v[:, there] for v in kv.values],
                 None if turn is None else {t: (cos[:, a:b], sin[:, a:b]) for t, (cos, sin) in turn.items()},
                 slots[a:b],
+                self._change(piece.start + a, piece.start + b, deviations),
             )
 
     def _turn(self, piece: Piece, kv: SegmentKV) -> Tables | None:
@@ -85,6 +97,15 @@ class Loader:
             return None
         steps, length = torch.arange(piece.end - piece.start), max(piece.end, old + piece.end - piece.start)
         return self._rope.turn(self._rope.tables(piece.start + steps, length), self._rope.tables(old + steps, length))
+
+    def _change(self, start: int, end: int, deviations: Deviations) -> tuple[Tables, PlainKV] | None:
+        """Of tokens [start, end); None where nothing is added to them."""
+        for first, deviation in deviations:
+            if first <= start < end <= first + deviation.tokens:
+                where = torch.arange(start, end)
+                turn = self._rope.turn(self._rope.tables(where, end), self._rope.tables(torch.zeros_like(where), end))
+                return turn, deviation.part(start - first, end - first)
+        return None
 
 
 class Lost(CacheFault):

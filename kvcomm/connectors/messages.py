@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from kvcomm.segments import Ids, Segment
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["Hole", "Load", "News", "Piece", "Save", "Step"]
+from kvcomm.segments import Ids, Plan, Segment, Span
+from kvcomm.who import Who
+
+__all__ = ["Answer", "Ask", "Hole", "Lesson", "Load", "News", "Piece", "Save", "Step"]
 
 Hole = tuple[int, int]
 """Prompt positions [start, end) that are computed before the engine's own forward."""
@@ -21,6 +25,25 @@ class Piece:
     end: int
     key: str
     offset: int
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """What do anchors say of the moved text of a plan?"""
+
+    request_id: str
+    ids: Ids  # [plan.length]
+    plan: Plan
+    who: Who
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """To an `Ask`."""
+
+    recompute: npt.NDArray[np.int64] | None  # positions that are to be computed, as in Plan; None: anchors say too little
+    adds: bool = False  # a deviation is to be added to what is not
+    fault: str | None = None  # why nothing could be said
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +65,7 @@ class Load:
     pieces: tuple[Piece, ...]
     holes: tuple[Hole, ...]
     folded: bool = False
+    corrections: Ask | None = None  # what anchors say of this is added to the pieces
 
     def holes_apart(self) -> tuple[Hole, ...]:
         """What is to be computed before the engine's forward where that one computes all from `end` on."""
@@ -49,23 +73,34 @@ class Load:
 
 
 @dataclass(frozen=True, eq=False)
+class Lesson:
+    """Known text that a prompt computed all the same, behind nothing approximate: what its context changed can be seen."""
+
+    ids: Ids  # [prompt]
+    spans: tuple[Span, ...]
+    who: Who
+
+
+@dataclass(frozen=True, eq=False)
 class Save:
-    """Segments whose KV the paged cache holds at their own positions, to be put into the store."""
+    """Segments whose KV the paged cache holds at their own positions, to be put into the store, and what can be learned."""
 
     request_id: str
     segments: tuple[Segment, ...]
     blocks: tuple[int, ...]
     last: bool  # the request has finished: its blocks are free once this is done
+    lesson: Lesson | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What the workers do around one step of the engine, in this order: forget, load, (the engine's forward,) save."""
+    """What the workers do around one step of the engine, in this order: forget, load, (the engine's forward,) save, answer."""
 
     reset: bool = False  # forget everything
     forget: tuple[str, ...] = ()  # keys of segments
     loads: tuple[Load, ...] = ()
     saves: tuple[Save, ...] = ()
+    asks: tuple[Ask, ...] = ()
 
 
 @dataclass
@@ -77,7 +112,9 @@ class News:
     kept: Counter[str] = field(default_factory=Counter)  # key -> ranks that keep it
     gone: set[str] = field(default_factory=set)  # keys that some rank does not keep, or no more
     apart: set[str] = field(default_factory=set)  # requests whose holes were computed apart although they could be folded
-    faults: list[tuple[str, str, str]] = field(default_factory=list)  # kind, request, reason
+    faults: list[tuple[str, str, str]] = field(default_factory=list)  # kind, request ("": of none in particular), reason
+    answers: dict[str, Answer] = field(default_factory=dict)  # by request
+    able: set[tuple[str, str]] = field(default_factory=set)  # tenant, agent: what was learned of them now says something
 
     def aggregate(self, other: News) -> News:
         """Both together; named as vLLM calls it."""
@@ -88,4 +125,6 @@ class News:
             self.gone | other.gone,
             self.apart | other.apart,
             self.faults + other.faults,
+            self.answers | other.answers,
+            self.able | other.able,
         )

@@ -7,22 +7,24 @@ for all that lies behind the blocks which this cache holds for it. Those stay: t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from kvcomm.connectors import vllm_compat as compat
+from kvcomm.connectors.asking import Foresight
 from kvcomm.connectors.capture import answer_segment, prompt_segments
-from kvcomm.connectors.messages import Hole, Load, News, Save, Step
+from kvcomm.connectors.messages import Hole, Lesson, Load, News, Save, Step
 from kvcomm.connectors.promise import Promise
 from kvcomm.connectors.settings import Settings, Wish
 from kvcomm.matching import TextIndex
 from kvcomm.metrics import Counters
 from kvcomm.policy import plan as make_plan
 from kvcomm.request import Request as Times
-from kvcomm.segments import Ids, Plan, ReuseReport, Segment
+from kvcomm.segments import Ids, Plan, ReuseReport, Segment, Span
+from kvcomm.waiting import longest
 from kvcomm.who import Who
 
 __all__ = ["Desk"]
@@ -38,6 +40,7 @@ class _Request:
     times: Times
     refusal: str | None  # why it is left alone
     known: Plan  # what was found in its prompt
+    movable: list[Span] = field(default_factory=list)  # and what of it does not lie where it did, whatever becomes of it
     promise: Promise | None = None  # what is promised, or was
     served: Plan | None = None  # how its prompt was computed, where something was loaded
     local: int = 0  # tokens that the engine's cache held when it asked in an earlier step
@@ -65,6 +68,10 @@ class Desk:
         self._hole_tokens = step_tokens if settings.max_hole_tokens is None else settings.max_hole_tokens
         self._least_gain = settings.least_gain or 0
         self._block_size, self._prefix_caching = block_size, prefix_caching
+        off = "as the settings say" if settings.config.anchors == "off" else None
+        if off is None and ranks > 1:
+            off = f"{ranks} ranks would choose different tokens"
+        self._foresight = Foresight(settings.config, off)
         self.index = self._empty_index()
         self.counters = Counters()
         self._ready: str | None = "the workers have not reported yet"  # why nothing is promised; None: all is well
@@ -92,19 +99,23 @@ class Desk:
             refusal = "mode-off"
         ids = np.asarray(request.prompt_token_ids or [], dtype=np.int32)
         times = Times(wish.who, perf_counter())
-        plan = Plan.dense(len(ids), refusal or "nothing-known")
+        if wish.prefill and refusal is None:
+            self._foresight.expect_alone(tenant)
+        plan = Plan.dense(len(ids), refusal or (self._prefill() if wish.prefill else "nothing-known"))
         self._requests[request.request_id] = _Request(request, ids, wish, times, refusal, plan)
 
     def promised(self, request: Any, local: int) -> int | None:
         """Tokens that can be had beyond the `local` ones which the engine's cache holds; None: ask again in a later step."""
         state = self._requests.get(request.request_id)
-        if state is None or state.refusal is not None:
+        if state is None or state.refusal is not None or state.wish.prefill:
             return 0
         if state.promise is None or not self._holds(state.promise):
             if state.admitted:
                 return 0  # its first tokens were computed in another way: stay with it
             try:
                 state.promise = self._make_promise(state, local)
+                if state.promise is None and self._foresight.asked(request.request_id):
+                    return None
             except Exception as fault:  # noqa: BLE001  # no plan is a dense answer, whatever went wrong
                 self._count_fault("plan", state, fault)
                 state.refusal = "fault"
@@ -150,10 +161,11 @@ class Desk:
             # One step after the last of the prompt was computed: the first token does not wait for it.
             if state is not None and not state.kept and state.own.num_computed_tokens >= len(state.ids):
                 state.kept = True
-                if segments := self._prompt(state):
-                    saves.append(Save(request_id, self._to_save(segments), tuple(blocks_of(request_id)), last=False))
+                segments, lesson = self._prompt(state)
+                if segments or lesson:
+                    saves.append(Save(request_id, self._to_save(segments), tuple(blocks_of(request_id)), False, lesson))
         loads = tuple(self._load(name, blocks, scheduled.get(name, 0)) for name, blocks in self._loads.items())
-        step = Step(self._reset, tuple(self._forget), loads, tuple(saves))
+        step = Step(self._reset, tuple(self._forget), loads, tuple(saves), self._foresight.take_asks())
         self._steps, self._reset = self._steps + 1, False
         self._forget.clear()
         self._loads.clear()
@@ -163,17 +175,18 @@ class Desk:
         """A request has finished; True where its blocks are needed for one more step. What happened to it."""
         state = self._requests.pop(request.request_id, None)
         self._loads.pop(request.request_id, None)
+        self._foresight.forget(request.request_id)
         if state is None:
             return False, None
         report = state.times.report(state.plan)
         self.counters.record(report)
         if state.refusal is not None or self._ready is not None or not compat.finished_well(request):
             return False, report
-        segments = [] if state.kept else self._prompt(state)
+        segments, lesson = ([], None) if state.kept else self._prompt(state)
         segments += self._answer(state)
-        if not segments:
+        if not segments and lesson is None:
             return False, report
-        self._saves.append(Save(request.request_id, self._to_save(segments), tuple(blocks), last=True))
+        self._saves.append(Save(request.request_id, self._to_save(segments), tuple(blocks), True, lesson))
         return True, report
 
     def heard(self, news: News) -> None:
@@ -196,16 +209,20 @@ class Desk:
         for request_id in news.apart:
             if (state := self._requests.get(request_id)) is not None:
                 state.served, state.upto = self._served(state, state.start, state.offer), state.offer
+        self._foresight.heard(news)
         for kind, request_id, reason in news.faults:
             self.counters.fault(kind)
             state = self._requests.get(request_id)
             if state is not None and kind not in ("keep", "fold"):
-                state.served, state.known = None, replace(state.known, fallback=f"fault: {reason}")
+                state.known = replace(state.known, fallback=f"fault: {reason}")
+                if state.start <= (state.private_from or 0):  # else it is resumed, and keeps what it had loaded before
+                    state.served = None
 
     def reset(self) -> None:
         """Forget all text, for example because the weights have changed. What is being loaded is computed."""
         self.index, self._reset = self._empty_index(), True
         self._saving.clear()
+        self._foresight.reset()
 
     # -- within ---------------------------------------------------------------------------------------------------------
 
@@ -214,20 +231,35 @@ class Desk:
         return TextIndex(min_run=config.min_run, max_windows=config.index_windows, variants=config.variants)
 
     def _make_promise(self, state: _Request, local: int) -> Promise | None:
-        """None where nothing can be promised, or not enough; `state.known` then says why."""
+        """None where nothing can be promised, or not enough; `state.known` then says why. Also where the workers are asked."""
         if self._ready is not None:
             state.known = Plan.dense(len(state.ids), f"not-ready: {self._ready}")
             return None
-        who = state.wish.who
+        who, request_id, config = state.wish.who, state.own.request_id, state.wish.config
+        if self._foresight.asked(request_id):
+            return None
+        if (answer := self._foresight.answer(request_id, self.index)) is not None:
+            state.times.estimated = perf_counter()
+            return self._worth(state, answer, local)
         found = self.index.find(state.ids, fingerprint=self._fingerprint, tenant=who.tenant)
         state.times.matched = perf_counter()
-        state.known = make_plan(len(state.ids), found, state.wish.config, who.rule)
+        state.movable = [Span(m.start, m.end, "boundary", m.segment, m.offset) for m in found if not m.exact]
+        state.known = make_plan(len(state.ids), found, config, who.rule)
+        plan = self._foresight.allowed(request_id, state.known, who, lambda: make_plan(len(state.ids), found, config, "exact"))
         state.times.planned = perf_counter()
-        if not state.known.spans:
+        promise = self._worth(state, plan, local)
+        if promise is not None and self._foresight.ask(request_id, state.ids, plan, who):
             return None
-        promise = Promise.of(state.known, self._hole_tokens)
+        return promise
+
+    def _worth(self, state: _Request, plan: Plan, local: int) -> Promise | None:
+        """What is promised of `plan`; None where it is not enough to be worth it."""
+        state.known = replace(state.known, fallback=plan.fallback)
+        if not plan.spans:
+            return None
+        promise = Promise.of(plan, self._hole_tokens)
         if promise.end(local) - local < max(self._least_gain, 1):
-            reason = promise.plan.fallback or "little-gain"
+            reason = plan.fallback or promise.plan.fallback or "little-gain"
             state.known = replace(state.known, fallback=reason)
             return None
         if state.wish.mode == "shadow":
@@ -258,7 +290,7 @@ class Desk:
         if state.served is None:
             state.served, state.upto = self._served(state, start, upto), upto
         pieces, holes = _promise(state).pieces(start, upto), _promise(state).holes(start, upto)
-        return Load(request_id, state.ids, blocks, start, end, pieces, holes, folded)
+        return Load(request_id, state.ids, blocks, start, end, pieces, holes, folded, self._foresight.additions(request_id))
 
     def _served(self, state: _Request, start: int, end: int) -> Plan:
         return _promise(state).served(state.ids, start, end, self._fingerprint, state.wish.who.tenant)
@@ -267,16 +299,35 @@ class Desk:
         who = state.wish.who
         return self._fingerprint, who.tenant, who.agent, self._settings.config.min_run
 
-    def _prompt(self, state: _Request) -> list[Segment]:
+    def _prompt(self, state: _Request) -> tuple[list[Segment], Lesson | None]:
+        """What a computed prompt leaves behind: text to keep, and what can be learned from text that is kept."""
         if state.refusal is not None or self._ready is not None:
-            return []
+            return [], None
         try:
-            return prompt_segments(state.ids, state.plan, state.known, *self._labels(state))
+            if state.wish.prefill:
+                return self._alone(state), None
+            who = state.wish.who
+            lessons = self._foresight.lessons(state.plan, state.movable, who, self.index)
+            held = {span.start: span for span in (*lessons, *state.known.spans)}
+            known = replace(state.known, spans=tuple(held[start] for start in sorted(held)))
+            segments = prompt_segments(state.ids, state.plan, known, *self._labels(state))
+            return segments, Lesson(state.ids, tuple(longest(lessons)), who) if lessons else None
         except Exception as fault:  # noqa: BLE001  # learning is optional
             self._count_fault("learn", state, fault)
-            return []
+            return [], None
+
+    def _alone(self, state: _Request) -> list[Segment]:
+        fingerprint, tenant, producer, least = self._labels(state)
+        segment = Segment(state.ids.copy(), state.ids[:0].copy(), fingerprint, tenant, producer, alone=True)
+        return [segment] if len(state.ids) >= least and segment.key not in self.index else []
+
+    def _prefill(self) -> str:
+        """What becomes of a text that is computed alone."""
+        return f"prefill: anchors are off, {self._foresight.off}" if self._foresight.off else "prefill"
 
     def _answer(self, state: _Request) -> list[Segment]:
+        if state.wish.prefill:
+            return []
         try:
             whole = np.asarray(state.own.all_token_ids, dtype=np.int32)
             tokens = len(state.ids)

@@ -23,6 +23,7 @@ class Wish:
     who: Who
     mode: Mode
     config: Config = field(default_factory=Config)
+    prefill: bool = False  # its prompt is a text to be computed alone and kept, for whoever reads it
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Settings:
         return cls(config, **{"mode": config.mode, **given})
 
     def wish(self, asked: Mapping[str, Any], tenant: str) -> Wish:
-        """What a request's own words (`mode`, `agent`, `rule`), its agent's settings and the process's come to: the most
-        cautious of the three modes, and rule `exact` where request or agent asks for it. A request may also name the `rung` of
+        """What a request's own words (`mode`, `agent`, `rule`, `prefill`), its agent's settings and the process's come to: the
+        most cautious of the three modes, and rule `exact` where request or agent asks for it. A request may name the `rung` of
         moved text, to compare one with another. Raises InputError.
         """
         agent = str(asked.get("agent", ""))
@@ -74,9 +75,12 @@ class Settings:
             _check_mode(mode, "mode")
         rules: set[Any] = {of_agent.get("rule", "auto"), asked.get("rule", "auto")}
         rule: Rule = (rules - {"auto", "exact"} or (rules & {"exact"}) or {"auto"}).pop()
+        prefill = asked.get("prefill", False)
+        if prefill not in (False, True):
+            raise InputError(f"prefill is {prefill!r}; use true or false")
         rung: Any = asked.get("rung", self.config.rung)
         config = self.config if rung == self.config.rung else replace(self, config=replace(self.config, rung=rung)).config
-        return Wish(Who(agent, rule, tenant), min(modes, key=get_args(Mode).index), config)
+        return Wish(Who(agent, rule, tenant), min(modes, key=get_args(Mode).index), config, bool(prefill))
 
 
 def _check_mode(mode: object, what: str) -> None:

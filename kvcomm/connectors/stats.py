@@ -37,6 +37,7 @@ def summary(report: ReuseReport) -> dict[str, Any]:
         "fallback": report.fallback,
         "match_ms": report.match_ms,
         "plan_ms": report.plan_ms,
+        "estimate_ms": report.estimate_ms,
     }
 
 
@@ -45,7 +46,7 @@ def reported(answered: Mapping[str, Any] | None) -> ReuseReport | None:
     said = (answered or {}).get("kvcomm")
     if said is None:
         return None
-    names = ("agent", "prompt_tokens", "reused_tokens", "computed_tokens", "fallback", "match_ms", "plan_ms")
+    names = ("agent", "prompt_tokens", "reused_tokens", "computed_tokens", "fallback", "match_ms", "plan_ms", "estimate_ms")
     return ReuseReport(**{name: said[name] for name in names}, spans=tuple(SpanReport(**span) for span in said["spans"]))
 
 

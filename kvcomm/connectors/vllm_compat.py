@@ -2,8 +2,8 @@
 
 Written against 0.32 and tried there alone. Uses: the names of a request's fields, `Request.block_hashes` (salt), the worker's
 attribute `model_runner` (handle), its `attn_groups` and their metadata builders, `CommonAttentionMetadata`,
-`set_forward_context`, the model's call, `do_kv_cache_update` (drafters inside vLLM use the same six to run a forward); to fold
-tokens into the engine's own forward, the runner's input buffers and the forward's context.
+`set_forward_context`, the model's call, `do_kv_cache_update` (drafters inside vLLM use the same six to run a forward); the
+model's `embed_input_ids`; to fold tokens into the engine's own forward, the runner's input buffers and the forward's context.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,7 +70,6 @@ def engine_refusal(config: Any, kv_cache_config: Any) -> str | None:
         or type(specs[0]).__name__ != "FullAttentionSpec"
         or bool(specs[0].sliding_window or specs[0].attention_chunk_size or specs[0].non_causal),
         "a draft model writes to its cache (speculative decoding)": config.speculative_config is not None,
-        "adapters are enabled (LoRA)": config.lora_config is not None,
         f"its cache is quantised ({config.cache_config.cache_dtype})": config.cache_config.cache_dtype not in ("auto", dtype),
         "it is spread over a pipeline": parallel.pipeline_parallel_size != 1,
         "data-parallel engines work in step": parallel.data_parallel_size != 1,
@@ -229,6 +230,11 @@ class Runner:
         self.max_tokens = int(self._config.scheduler_config.max_num_batched_tokens)
         self.max_rows = int(self._config.scheduler_config.max_num_seqs)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """[n] (int64) -> [n, channels]. Not for a vocabulary that is spread over ranks."""
+        embedded: Tensor = self._runner.model.embed_input_ids(ids.to(self.device))
+        return embedded
+
     @torch.inference_mode()
     def forward(self, rows: Rows) -> None:
         """Computes K/V of all rows. In every layer all of them are written before any row attends."""
@@ -244,10 +250,25 @@ class Runner:
         common = self._common(starts, lengths, table.to(self.device), slots, positions)
         attention = {name: metadata for names, metadata in self._built(common) for name in names}
         mapping = dict.fromkeys(attention, slots)
-        with set_forward_context(attention, self._config, num_tokens=len(rows.ids), slot_mapping=mapping):
+        forward = set_forward_context(attention, self._config, num_tokens=len(rows.ids), slot_mapping=mapping)
+        with self._no_adapters(len(rows.ids)), forward:
             self._runner.model(
                 input_ids=rows.ids.to(self.device), positions=positions, intermediate_tensors=None, inputs_embeds=None
             )
+
+    @contextmanager
+    def _no_adapters(self, tokens: int) -> Iterator[None]:
+        """A forward of so many tokens by the model itself; afterwards adapters (LoRA) are those of the engine's step again."""
+        runner, batch = self._runner, self._runner.input_batch
+        if self._config.lora_config is None:
+            yield
+            return
+        runner._set_active_loras((0,), (0,) * tokens, set())
+        try:
+            yield
+        finally:
+            if batch.num_reqs:
+                runner.set_active_loras(batch, np.diff(runner.query_start_loc.np[: batch.num_reqs + 1]))
 
     def fold(self, context: Any, wanted: Mapping[str, tuple[Tensor, Tensor]]) -> set[str]:
         """Have the engine's forward that is about to run under `context` compute other tokens than the last ones of requests:

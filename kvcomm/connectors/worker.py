@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from kvcomm.connectors.advising import Adviser
 from kvcomm.connectors.capture import Keeper
 from kvcomm.connectors.holes import HolePass, Row
 from kvcomm.connectors.loading import Loader, Lost
-from kvcomm.connectors.messages import Hole, Load, News, Save, Step
+from kvcomm.connectors.messages import Answer, Hole, Load, News, Save, Step
 from kvcomm.connectors.vllm_compat import log
 from kvcomm.store.base import Kept, Store
 
@@ -22,8 +23,8 @@ __all__ = ["Refusing", "Worker"]
 
 
 class Worker:
-    """One rank. `alone`: no other rank computes the same requests. `try_fold` is called once, after the first forward of the
-    engine that took holes, and raises where it did not compute them: then none takes any more.
+    """One rank. `alone`: no other rank computes the same requests; `adviser`: only there. `try_fold` is called once, after the
+    first forward of the engine that took holes, and raises where it did not compute them: then none takes any more.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Worker:
         holes: HolePass,
         store: Store,
         try_fold: Callable[[Load], None],
+        adviser: Adviser | None = None,
         *,
         least_gain: int | None = None,
         alone: bool,
@@ -40,6 +42,7 @@ class Worker:
         self._loader, self._keeper, self._holes, self._store, self._alone = loader, keeper, holes, store, alone
         self._try_fold, self._folds, self._judged = try_fold, True, False
         self._on_trial: list[Load] = []
+        self._adviser = adviser
         self._news = News(least_gain=least_gain)
         self._told = False
         self._finished: set[str] = set()
@@ -51,6 +54,8 @@ class Worker:
         """Must run before the engine's forward of the step that the loads belong to, under its `context`."""
         for key in [segment.key for segment in self._store.segments()] if step.reset else step.forget:
             self._store.remove(key)
+        if step.reset and self._adviser is not None:
+            self._adviser.reset()
         apart: list[Row] = []
         whole: list[Load] = []  # assembled, and their holes can be folded
         for load in step.loads:
@@ -84,6 +89,14 @@ class Worker:
                 if save.last:
                     self._finished.add(save.request_id)
                     self._given_up.discard(save.request_id)
+        if self._adviser is not None:
+            for ask in step.asks:
+                self._adviser.ask(ask)
+            for request_id, said in self._adviser.answers():
+                if isinstance(said, Exception):
+                    self._optional("estimate", request_id, said)
+                    said = Answer(None, fault=repr(said))
+                self._news.answers[request_id] = said
 
     def finished(self) -> set[str]:
         """Requests whose blocks are not needed any more, since the last call."""
@@ -97,6 +110,12 @@ class Worker:
 
     def news(self) -> News | None:
         """What happened since the last call; None when nothing did. The first call always has something to say."""
+        if self._adviser is not None:
+            for learned in self._adviser.learned():
+                if isinstance(learned, Exception):
+                    self._optional("anchor", "", learned)
+                else:
+                    self._news.able.add(learned)
         news, self._news = self._news, News()
         nothing = self._told and news == self._news
         self._told = True
@@ -105,7 +124,8 @@ class Worker:
     def _assembled(self, load: Load) -> bool:
         """Writes what is stored; False where that failed."""
         try:
-            self._loader.load(load)
+            deviations = self._adviser.deviations(load.corrections) if self._adviser and load.corrections else ()
+            self._loader.load(load, deviations)
         except Exception as fault:  # noqa: BLE001  # whatever it was, the request is computed
             if isinstance(fault, Lost):
                 self._news.gone.add(fault.key)
@@ -152,14 +172,23 @@ class Worker:
                 if save.request_id not in self._given_up:
                     kept = self._keeper.keep(segment, save)
             except Exception as fault:  # noqa: BLE001  # keeping is optional
-                self._news.faults.append(("keep", save.request_id, repr(fault)))
-                log.warning("kvcomm: a run of %s was not kept: %r", save.request_id, fault)
+                self._optional("keep", save.request_id, fault)
             self._news.gone |= set(kept.evicted)
             if kept:
                 self._news.kept[segment.key] += 1
                 self._news.gone.discard(segment.key)
             else:
                 self._news.gone.add(segment.key)
+        if save.lesson is not None and self._adviser is not None and save.request_id not in self._given_up:
+            try:
+                self._adviser.learn(save.lesson, save.blocks)
+            except Exception as fault:  # noqa: BLE001  # so is learning
+                self._optional("anchor", "", fault)
+
+    def _optional(self, kind: str, request_id: str, fault: Exception) -> None:
+        """Counts what failed and was not needed."""
+        self._news.faults.append((kind, request_id, repr(fault)))
+        log.warning("kvcomm: a fault (%s), counted: %r", kind, fault)
 
     def _fault(self, kind: str, load: Load, fault: Exception) -> None:
         self._news.faults.append((kind, load.request_id, repr(fault)))

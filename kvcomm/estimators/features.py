@@ -5,18 +5,23 @@ Wide vectors are made narrow by fixed random matrices, so that costs are bounded
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvcomm.plain import PlainKV
+from kvcomm.segments import Ids
 
-__all__ = ["TOKEN_WIDTH", "Groups", "Projection", "Seen", "Sight", "position_features"]
+__all__ = ["TOKEN_WIDTH", "Groups", "Projection", "Seen", "Sight", "context_features", "position_features"]
 
 _CENTRES = (0, 1, 2, 3, 4, 6, 9, 13, 18, 25, 36, 50, 70, 100, 140, 200, 280, 400, 560, 800)  # tokens
 _WIDTHS = (0.6, 0.6, 0.6, 0.6, 0.8, 1.5, 2, 3, 4, 6, *(0.3 * c for c in _CENTRES[10:]))  # tokens
+
+_CONTEXT = 8  # tokens in front of a run whose embeddings are its context
 
 TOKEN_WIDTH = 64  # features, at most, of which token it is
 
@@ -29,6 +34,12 @@ def position_features(first: int, tokens: int, device: torch.device | None = Non
     at = torch.arange(first, first + tokens, device=device, dtype=torch.float32)[:, None]
     centres, widths = at.new_tensor(_CENTRES), at.new_tensor(_WIDTHS)
     return torch.exp(-((at - centres) / widths).square())
+
+
+def context_features(ids: Ids, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    """float32 [c] on the CPU, of a text `ids` in front of a run; `embed` maps ids [n] (int64) to the model's [n, channels]."""
+    tail = embed(torch.from_numpy(ids[-_CONTEXT:].astype(np.int64))).float().cpu()
+    return torch.cat([tail.new_zeros(_CONTEXT - len(tail), tail.shape[1]), tail]).flatten()
 
 
 class Projection:

@@ -43,7 +43,7 @@ WISHES: Mapping[str, Mapping[str, str]] = MappingProxyType(
 
 
 class VLLMPlayer:
-    """A `Player` (see its contract). Rung `anchor` does not exist on vLLM."""
+    """A `Player` (see its contract). Without policy `anchor`, which is a setting of the whole engine."""
 
     def __init__(self, engine: LocalEngine, positions: int, *, trace_replay: bool) -> None:
         self.wording = Wording(engine.llm.get_tokenizer())

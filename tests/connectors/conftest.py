@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kvcomm.connectors.local import LocalEngine
+from kvcomm.plain import PlainKV
 from kvcomm.segments import Plan
 from kvcomm.testing import tiny_random
 from kvcomm.tiny import FOLDER
@@ -100,10 +101,20 @@ class Oracle:
         a, b = keys.chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
+    def placed(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Keys of position 0 [tokens, heads * dim], brought to `positions`: [heads, tokens, dim]."""
+        angle = torch.outer(positions.double(), self.model.model.rotary_emb.inv_freq.double())
+        cos, sin = angle.cos().float(), angle.sin().float()
+        a, b = rows.view(len(rows), self.model.config.num_key_value_heads, -1).transpose(0, 1).chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
     @torch.no_grad()
-    def answer(self, ids: Sequence[int], plan: Plan | None = None, new: int = 8) -> tuple[list[int], Tensor]:
+    def answer(
+        self, ids: Sequence[int], plan: Plan | None = None, new: int = 8, added: Mapping[int, PlainKV] | None = None
+    ) -> tuple[list[int], Tensor]:
         """Greedy tokens, and the log-probabilities of the first, with the prompt's K/V put together as `plan` says, from dense
-        K/V of what its segments stood in: reused runs are appended, the others computed, one after the other.
+        K/V of what its segments stood in: reused runs are appended, the others computed, one after the other. `added`: by the
+        position of a span, what is added to the K/V of its tokens that are reused.
         """
         from transformers import DynamicCache
 
@@ -131,10 +142,14 @@ class Oracle:
             old = span.segment.start + span.offset + start - span.start
             keys, values = self.kv([*span.segment.context.tolist(), *span.segment.ids.tolist()])
             part = slice(old, old + end - start)
+            more = (added or {}).get(span.start)
             for layer in range(len(keys)):
-                cache.update(
-                    self.turned(keys[layer : layer + 1, :, part], start - old), values[layer : layer + 1, :, part], layer
-                )
+                k, v = self.turned(keys[layer, :, part], start - old), values[layer, :, part]
+                if more is not None:
+                    which = slice(start - span.start, end - span.start)
+                    k = k + self.placed(more.keys[layer][which], torch.arange(start, end))
+                    v = v + more.values[layer][which].view(end - start, len(v), -1).transpose(0, 1)
+                cache.update(k[None], v[None], layer)
         first, tokens = logits.log_softmax(-1), []
         for i in range(new):
             tokens.append(int(logits.argmax()))
@@ -179,8 +194,18 @@ class Engine:
 
         self.desk.finished = noting
 
-    def ask(self, *prompts: Sequence[int], new: int = 8, salts: Sequence[str | None] = (), **kvcomm: Any) -> list[Any]:
-        """All at once; outputs in order. `kvcomm` is what the requests say to the connector."""
+    def ask(
+        self,
+        *prompts: Sequence[int],
+        new: int = 8,
+        salts: Sequence[str | None] = (),
+        adapter: Any = None,
+        stop: int | None = None,
+        **kvcomm: Any,
+    ) -> list[Any]:
+        """All at once; outputs in order. `stop`: the token that ends an answer. `kvcomm` is what the requests say to the
+        connector.
+        """
         from vllm import SamplingParams
 
         inputs: list[dict[str, Any]] = [{"prompt_token_ids": list(ids)} for ids in prompts]
@@ -188,19 +213,22 @@ class Engine:
             if salt is not None:
                 given["cache_salt"] = salt
         extra = {"extra_args": {"kv_transfer_params": {"kvcomm": kvcomm}}} if kvcomm else {}
-        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, logprobs=20, **extra)
-        outputs: list[Any] = self.llm.generate(inputs, params, use_tqdm=False)
+        params = SamplingParams(
+            temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, logprobs=20,
+            stop_token_ids=None if stop is None else [stop], **extra,
+        )  # fmt: skip
+        outputs: list[Any] = self.llm.generate(inputs, params, use_tqdm=False, lora_request=adapter)
         return outputs
 
     def plan(self, output: Any) -> Plan:
         return self.served[output.request_id]
 
-    def error(self, output: Any, plan: Plan | None = None) -> float:
+    def error(self, output: Any, plan: Plan | None = None, added: Mapping[int, PlainKV] | None = None) -> float:
         """Distance of an output from the oracle: the largest difference among the top-20 log-probabilities of its first token;
         infinite where its greedy tokens differ.
         """
         ours = list(output.outputs[0].token_ids)
-        tokens, first = self.oracle.answer(output.prompt_token_ids, plan, len(ours))
+        tokens, first = self.oracle.answer(output.prompt_token_ids, plan, len(ours), added)
         if ours != tokens:
             return float("inf")
         said = output.outputs[0].logprobs[0]
@@ -215,7 +243,7 @@ class Engine:
 @pytest.fixture(scope="session")
 def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Iterator[Engine]]:
     """A function that runs one engine for as long as its generator is open; there can be one at a time. Not `inside`: in
-    processes of its own, where nobody can look.
+    processes of its own, where nobody can look. `model`: a folder, instead of a random one.
     """
     pytest.importorskip("vllm")
 
@@ -224,10 +252,11 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Iter
         extra: dict[str, Any] | None = None,
         policy: str = "recompute",
         inside: bool = True,
+        model: Path | None = None,
         **options: Any,
     ) -> Iterator[Engine]:
-        folder = tmp_path_factory.mktemp("model")
-        oracle = Oracle(random_model(folder, rope))
+        folder = model or tmp_path_factory.mktemp("model")
+        oracle = Oracle(None if model else random_model(folder, rope))
         options = {"dtype": "float32", "max_model_len": 2048, "max_num_seqs": 32, "max_num_batched_tokens": 2048, **options}
         extra = {"least_gain": 32, **(extra or {})}
         local = LocalEngine.start(str(folder), tokens=options.pop("max_model_len"), extra=extra, policy=policy, **options)

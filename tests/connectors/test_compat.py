@@ -64,7 +64,6 @@ def test_what_can_be_served() -> None:
         ("several ways", {"spec": SlidingWindowSpec()}),
         ("several ways", {"spec": FullAttentionSpec(sliding_window=64, attention_chunk_size=None, non_causal=False)}),
         ("draft", {"speculative_config": object()}),
-        ("LoRA", {"lora_config": object()}),
         ("fp8", {"cache_config__cache_dtype": "fp8"}),
         ("pipeline", {"parallel_config__pipeline_parallel_size": 2}),
         ("data-parallel", {"parallel_config__data_parallel_size": 2}),

@@ -108,6 +108,22 @@ def test_every_way_to_ask(server: Any) -> None:
     assert other["kv_transfer_params"]["kvcomm"]["reused_tokens"] == 0
 
 
+def test_texts_prefilled_alone(server: Any) -> None:
+    """By either way of saying so; whoever reads them next is computed, and learned from."""
+    client = Client(server.url, {}, "prefills")
+    texts = [
+        "".join(f" the {what} of {w} is {i} ." for i, w in enumerate("pears plums figs nuts".split() * 5))
+        for what in ("size", "age")
+    ]
+    done = client.post("/v1/completions", prompt=texts[0], max_tokens=1, kv_transfer_params={"kvcomm": {"prefill": True}})
+    assert done["kv_transfer_params"]["kvcomm"]["fallback"] == "prefill"
+    done = client.post("/v1/completions", prompt=texts[1], max_tokens=1, vllm_xargs={"kvcomm_prefill": 1})
+    assert done["kv_transfer_params"]["kvcomm"]["fallback"] == "prefill"
+    for text in texts:
+        done = client.post("/v1/completions", prompt=f"report about bob :{text} so", max_tokens=4)
+        assert done["kv_transfer_params"]["kvcomm"]["fallback"] == "learning"
+
+
 def test_counters_beside_vllms_own(server: Any) -> None:
     client = Client(server.url, {})
     text = " ".join(f"the weight of {w} is {i} ." for i, w in enumerate("pears plums figs nuts".split() * 12))

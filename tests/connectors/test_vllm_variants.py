@@ -160,3 +160,26 @@ def test_in_processes_of_their_own(start_engine: Start, text: Text, ranks: int, 
             plan = known_plan(prompt, [*a, *b])
             assert output.kv_transfer_params["kvcomm"]["reused_tokens"] == plan.reused > 250
             assert engine.error(output, plan) < 1e-4
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_anchors_in_processes_of_their_own(
+    start_engine: Start, text: Text, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts prefilled alone are learned about, asked about and served across processes; several ranks, which would choose
+    different tokens, serve them by their boundaries, and say so.
+    """
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    documents = [text(40) for _ in range(8)]
+    with running(start_engine(inside=False, tensor_parallel_size=ranks, extra={"explore": 0.0})) as engine:
+        said = [o.kv_transfer_params["kvcomm"]["fallback"] for o in engine.ask(*documents, new=1, prefill=True)]
+        assert said == ["prefill" if ranks == 1 else "prefill: anchors are off, 2 ranks would choose different tokens"] * 8
+        fallbacks: list[str | None] = []
+        while not fallbacks or (fallbacks[-1] is not None and len(fallbacks) < 30):
+            (output,) = engine.ask([*text(40), *(token for ids in documents for token in ids), *text(30)], agent="critic")
+            of_us = output.kv_transfer_params["kvcomm"]
+            fallbacks.append(of_us["fallback"])
+        assert fallbacks[-1] is None
+        assert set(fallbacks[:-1]) == ({"learning"} if ranks == 1 else set())
+        assert of_us["tokens_by_rung"]["anchor" if ranks == 1 else "boundary"] > 200
+        assert of_us["tokens_by_rung"]["boundary" if ranks == 1 else "anchor"] == 0

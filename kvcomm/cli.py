@@ -64,6 +64,7 @@ COMMANDS = (
     Command(("bench", "predictors"), "kvcomm.bench.fidelity.predictors", "which sign tells that reuse would change an answer"),
     Command(("bench", "pool"), "kvcomm.bench.pool", "search among 10,000 to 1,000,000 anchor tokens: time, recall, bytes"),
     Command(("bench", "analyze"), "kvcomm.bench.analyze", "how fast traces are analyzed, and in how much memory"),
+    Command(("replay",), "kvcomm.replay.command", "recorded calls served by a model under every policy, each beside dense"),
     Command(("vllm",), "kvcomm.connectors.serve", "vLLM's OpenAI server with the connector; other options are vLLM's", True),
     Command(("record",), "kvcomm.replay.recording.command", "pass an OpenAI API through, and write every call down"),
     Command(("doctor",), "kvcomm.doctor", "what is installed, what can be used here, what is missing"),

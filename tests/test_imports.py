@@ -28,7 +28,8 @@ LAYERS = (
     ("backends", "call", "request", "waiting"),
     ("correcting", "draft_check", "learning"),
     ("engine",),
-    ("connectors", "replay", "wire"),
+    ("connectors", "wire"),
+    ("replay",),
     ("agents",),
     ("bench", "demo", "doctor"),
     ("tiny.evaluate",),  # a script: measures the embedded model with all of the above
@@ -55,7 +56,7 @@ CORE = {
 }
 OPTIONAL = {  # who may name a package that a bare install does not have, and then only inside a function
     "connectors": {"prometheus_client", "vllm"},
-    "replay": {"aiohttp", "multidict", "yarl"},
+    "replay": {"aiohttp", "multidict", "vllm", "yarl"},
     "agents": {"agents", "langchain_core", "langchain_huggingface", "langgraph", "smolagents"},
     "store": {"mooncake", "redis"},
 }

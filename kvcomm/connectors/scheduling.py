@@ -235,7 +235,7 @@ class Desk:
         if self._ready is not None:
             state.known = Plan.dense(len(state.ids), f"not-ready: {self._ready}")
             return None
-        who, request_id, config = state.wish.who, state.own.request_id, self._settings.config
+        who, request_id, config = state.wish.who, state.own.request_id, state.wish.config
         if self._foresight.asked(request_id):
             return None
         if (answer := self._foresight.answer(request_id, self.index)) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from kvcomm.config import Config
@@ -22,6 +22,7 @@ class Wish:
 
     who: Who
     mode: Mode
+    config: Config = field(default_factory=Config)
     prefill: bool = False  # its prompt is a text to be computed alone and kept, for whoever reads it
 
 
@@ -64,7 +65,8 @@ class Settings:
 
     def wish(self, asked: Mapping[str, Any], tenant: str) -> Wish:
         """What a request's own words (`mode`, `agent`, `rule`, `prefill`), its agent's settings and the process's come to: the
-        most cautious of the three modes, and rule `exact` where request or agent asks for it. Raises InputError.
+        most cautious of the three modes, and rule `exact` where request or agent asks for it. A request may name the `rung` of
+        moved text, to compare one with another. Raises InputError.
         """
         agent = str(asked.get("agent", ""))
         of_agent = self.agents.get(agent, {})
@@ -76,7 +78,9 @@ class Settings:
         prefill = asked.get("prefill", False)
         if prefill not in (False, True):
             raise InputError(f"prefill is {prefill!r}; use true or false")
-        return Wish(Who(agent, rule, tenant), min(modes, key=get_args(Mode).index), bool(prefill))
+        rung: Any = asked.get("rung", self.config.rung)
+        config = self.config if rung == self.config.rung else replace(self, config=replace(self.config, rung=rung)).config
+        return Wish(Who(agent, rule, tenant), min(modes, key=get_args(Mode).index), config, bool(prefill))
 
 
 def _check_mode(mode: object, what: str) -> None:

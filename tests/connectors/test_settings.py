@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,3 +54,12 @@ def test_rules() -> None:
     assert settings.wish({}, "").who.rule == "auto"
     with pytest.raises(InputError, match="rule is 'no'"):
         settings.wish({"agent": "judge", "rule": "no"}, "")
+
+
+def test_a_request_may_name_the_rung() -> None:
+    settings = Settings.from_extra({"closing": 5})
+    assert settings.wish({}, "").config == settings.config
+    assert settings.wish({"rung": "rotate"}, "").config == replace(settings.config, rung="rotate")
+    for rung in ("naive", "no", 3, None, ["rotate"]):
+        with pytest.raises(InputError, match="rung is"):
+            settings.wish({"rung": rung}, "")

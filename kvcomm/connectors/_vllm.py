@@ -5,6 +5,7 @@ Holds no method of its own: what is matched, planned, promised, rotated, compute
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,7 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):
                 compat.fingerprint(vllm_config),
                 ranks=self._ranks,
                 step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+                max_rows=vllm_config.scheduler_config.max_num_seqs,
                 block_size=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
                 prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
             )
@@ -121,7 +123,7 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):
             least_gain=never if costs.least_gain is None else costs.least_gain,
             alone=alone,
         )
-        compat.log.info("kvcomm: %s", costs)
+        compat.log.log(logging.WARNING if costs.least_gain is None else logging.INFO, "kvcomm: %s", costs)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         self.worker.before_forward(self._get_connector_metadata(), forward_context)

@@ -24,7 +24,8 @@ from kvcomm.store.memory import MemoryStore
 __all__ = ["Costs", "measure"]
 
 FEW = 8  # tokens
-REPEATS = 3
+REPEATS = 5
+UNKNOWN = 32  # tokens from which on reuse is taken to be faster where time could not be measured
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class Costs:
 
     @property
     def least_gain(self) -> int | None:
-        """Tokens from which on loading is faster; None: never."""
+        """Tokens from which on loading is faster; None: never. UNKNOWN where computing more took no longer."""
+        if self.prefill_ms <= 0:
+            return UNKNOWN
         saved = self.prefill_ms - self.load_ms
         return ceil(self.request_ms / saved) if saved > 0 else None
 

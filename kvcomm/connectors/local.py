@@ -18,7 +18,12 @@ from kvcomm.segments import ReuseReport
 
 __all__ = ["LocalEngine", "Reply", "need_vllm"]
 
-SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "4",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the connector knows the other one
+}
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,9 @@ class Promise:
         return self.plan.length - int(np.count_nonzero(self.plan.recompute >= local))
 
     def last(self, end: int) -> int:
-        """Tokens up to the last reused one before `end`."""
-        return int(np.flatnonzero(_reused(self.plan)[:end])[-1:].sum()) + 1
+        """Tokens up to the last reused one before `end`; 0 where there is none."""
+        reused = np.flatnonzero(_reused(self.plan)[:end])
+        return int(reused[-1]) + 1 if len(reused) else 0
 
     def holes(self, start: int, end: int) -> tuple[Hole, ...]:
         """Runs of tokens in [start, end) that are not reused."""

@@ -43,10 +43,9 @@ class _Request:
     movable: list[Span] = field(default_factory=list)  # and what of it does not lie where it did, whatever becomes of it
     promise: Promise | None = None  # what is promised, or was
     served: Plan | None = None  # how its prompt was computed, where something was loaded
-    local: int = 0  # tokens that the engine's cache held when it asked in an earlier step
-    asked: int = -1  # the step of that question
     start: int = 0  # tokens that the engine's cache held when it was scheduled
     offer: int = 0  # tokens that the engine was last told it need not compute
+    since: int = 0  # the least of `start`
     upto: int = 0  # tokens in front of what the engine computed by itself
     private_from: int | None = None  # tokens in front of its salt; None: it has none
     admitted: bool = False  # has had blocks
@@ -62,11 +61,20 @@ class Desk:
     """The scheduler's side of one engine, whose workers are `ranks`."""
 
     def __init__(
-        self, settings: Settings, fingerprint: str, *, ranks: int, step_tokens: int, block_size: int, prefix_caching: bool
+        self,
+        settings: Settings,
+        fingerprint: str,
+        *,
+        ranks: int,
+        step_tokens: int,
+        max_rows: int,
+        block_size: int,
+        prefix_caching: bool,
     ) -> None:
         self._settings, self._fingerprint, self._ranks = settings, fingerprint, ranks
         self._hole_tokens = step_tokens if settings.max_hole_tokens is None else settings.max_hole_tokens
         self._least_gain = settings.least_gain or 0
+        self._step_tokens, self._max_rows = step_tokens, max_rows
         self._block_size, self._prefix_caching = block_size, prefix_caching
         off = "as the settings say" if settings.config.anchors == "off" else None
         if off is None and ranks > 1:
@@ -77,7 +85,6 @@ class Desk:
         self._ready: str | None = "the workers have not reported yet"  # why nothing is promised; None: all is well
         self._requests: dict[str, _Request] = {}
         self._saving: dict[str, Segment] = {}  # handed to the workers, not confirmed
-        self._steps = 0  # scheduled so far
         self._loads: dict[str, tuple[int, ...]] = {}  # of the step that is being scheduled: the blocks of requests
         self._saves: list[Save] = []  # of requests that have finished
         self._forget: list[str] = []
@@ -110,8 +117,10 @@ class Desk:
         if state is None or state.refusal is not None or state.wish.prefill:
             return 0
         if state.promise is None or not self._holds(state.promise):
-            if state.admitted:
-                return 0  # its first tokens were computed in another way: stay with it
+            if state.admitted:  # its first tokens were computed in another way: stay with it
+                if local <= (state.private_from or 0):
+                    state.served = None  # nothing is left of what was loaded
+                return 0
             try:
                 state.promise = self._make_promise(state, local)
                 if state.promise is None and self._foresight.asked(request.request_id):
@@ -121,13 +130,13 @@ class Desk:
                 state.refusal = "fault"
                 return 0
         promise = state.promise
-        if promise is None:
+        if promise is None or (state.admitted and state.served is None):
             return 0
         # A resumed request gets again what it had of its prompt: its answer was read from that.
-        end = promise.end(local) if state.served is None else promise.last(state.upto)
+        end = self._end(promise, local) if state.served is None else promise.last(state.upto)
         if end <= local:
             return 0
-        if local and not self._computed(state, local):
+        if not self._computed(state, local):
             return None
         if self._prefix_caching and (state.private_from is None or local < state.private_from):
             if not compat.salt(state.own, local // self._block_size):
@@ -164,9 +173,12 @@ class Desk:
                 segments, lesson = self._prompt(state)
                 if segments or lesson:
                     saves.append(Save(request_id, self._to_save(segments), tuple(blocks_of(request_id)), False, lesson))
-        loads = tuple(self._load(name, blocks, scheduled.get(name, 0)) for name, blocks in self._loads.items())
-        step = Step(self._reset, tuple(self._forget), loads, tuple(saves), self._foresight.take_asks())
-        self._steps, self._reset = self._steps + 1, False
+        rows, loads = len(scheduled), []  # sequences of the engine's forward
+        for request_id, held in self._loads.items():
+            loads.append(self._load(request_id, held, scheduled.get(request_id, 0), self._max_rows - rows + 1))
+            rows += len(loads[-1].holes) - 1 if loads[-1].folded else 0
+        step = Step(self._reset, tuple(self._forget), tuple(loads), tuple(saves), self._foresight.take_asks())
+        self._reset = False
         self._forget.clear()
         self._loads.clear()
         return step
@@ -191,7 +203,7 @@ class Desk:
 
     def heard(self, news: News) -> None:
         """The workers' report on a step."""
-        if self._ready is not None:
+        if self._ready is not None or news.refusal is not None:
             self._ready = news.refusal
         if news.least_gain is not None and self._settings.least_gain is None:
             self._least_gain = news.least_gain
@@ -223,6 +235,9 @@ class Desk:
         self.index, self._reset = self._empty_index(), True
         self._saving.clear()
         self._foresight.reset()
+        for state in self._requests.values():
+            if state.admitted:  # its K/V is of before
+                state.refusal = state.refusal or "reset"
 
     # -- within ---------------------------------------------------------------------------------------------------------
 
@@ -267,28 +282,40 @@ class Desk:
             return None
         return promise
 
+    def _end(self, promise: Promise, local: int) -> int:
+        """Tokens that the engine is told it need not compute. Where more are left than one step computes, holes cannot be
+        folded: then these are all up to the last reused one.
+        """
+        length, end = promise.plan.length, promise.end(local)
+        return end if length - end <= self._step_tokens else promise.last(length)
+
     def _holds(self, promise: Promise) -> bool:
         return all(key in self.index for key in promise.keys)
 
     def _computed(self, state: _Request, local: int) -> bool:
-        """Whether the `local` tokens that the engine's cache holds are there: they may be computed in this very step, too late
-        for holes. They are where no other request runs, or where as many were found in an earlier step.
+        """Whether the `local` tokens that the engine's cache holds are there. They are not where another request computes the
+        last block of them in this very step: its K/V would come too late for holes that are computed apart.
         """
-        if state.asked < self._steps and local <= state.local:
+        if not local:
             return True
-        if not any(other.admitted for other in self._requests.values() if other is not state):
-            return True
-        state.asked, state.local = self._steps, local
-        return False
+        last = slice(local // self._block_size - 1, local // self._block_size)
+        return not any(
+            other is not state
+            and compat.running(other.own)
+            and other.own.num_computed_tokens < local
+            and other.own.block_hashes[last] == state.own.block_hashes[last]
+            for other in self._requests.values()
+        )
 
-    def _load(self, request_id: str, blocks: tuple[int, ...], scheduled: int) -> Load:
-        """What the workers do for a request of this step, which computes `scheduled` of its tokens."""
+    def _load(self, request_id: str, blocks: tuple[int, ...], scheduled: int, rows: int) -> Load:
+        """What the workers do for a request of this step, which computes `scheduled` of its tokens, in at most `rows` runs."""
         state = self._requests[request_id]
         start, end = state.start, state.offer
-        folded = state.served is None and scheduled == len(state.ids) - end
+        folded = state.served is None and scheduled == len(state.ids) - end and end == _promise(state).end(start)
+        folded = folded and len(_promise(state).holes(start, len(state.ids))) <= rows
         upto = len(state.ids) if folded else end
-        if state.served is None:
-            state.served, state.upto = self._served(state, start, upto), upto
+        if state.served is None or start < state.since:  # else it is resumed, with no less of its own than it had
+            state.served, state.upto, state.since = self._served(state, start, upto), upto, start
         pieces, holes = _promise(state).pieces(start, upto), _promise(state).holes(start, upto)
         return Load(request_id, state.ids, blocks, start, end, pieces, holes, folded, self._foresight.additions(request_id))
 

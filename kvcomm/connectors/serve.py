@@ -57,5 +57,6 @@ def run(args: argparse.Namespace) -> int:
     """Does not return."""
     arguments = command(args.kvcomm_config, args.rest)
     need_vllm()
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the connector knows the other one
     sys.stdout.flush()
     os.execv(arguments[0], arguments)

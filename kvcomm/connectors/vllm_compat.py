@@ -38,6 +38,7 @@ __all__ = [
     "layer_caches",
     "log",
     "request_refusal",
+    "running",
     "salt",
 ]
 
@@ -123,6 +124,11 @@ def salt(request: Any, kept: int) -> bool:
         return True
     request.cache_salt, request.block_hashes = tenant, hashes
     return False
+
+
+def running(request: Any) -> bool:
+    """Whether a request is part of the engine's steps now."""
+    return bool(request.status.name == "RUNNING")
 
 
 def finished_well(request: Any) -> bool:
@@ -216,14 +222,21 @@ class Runner:
                 "the connector cannot reach the model; add --worker-extension-cls kvcomm.connectors.vllm.RunnerHandle"
             )
         self._runner, self._config = mine[0], mine[0].vllm_config
+        if missing := [name for name in ("attn_groups", "input_batch", "model") if not hasattr(self._runner, name)]:
+            raise UnsupportedModel(
+                f"the model runner {type(self._runner).__name__} has no {', '.join(missing)}; set VLLM_USE_V2_MODEL_RUNNER=0"
+            )
         groups = [group for groups in self._runner.attn_groups for group in groups]
         if any(group.kernel_block_size is not None for group in groups):
             raise UnsupportedModel("attention uses other blocks than the cache's manager")
-        # Builders of our own: those of the engine may hold buffers that the step in progress points to.
-        self._groups = [
-            (g.layer_names, g.backend.get_builder_cls()(g.kv_cache_spec, g.layer_names, self._config, self._runner.device))
-            for g in groups
-        ]
+        # Builders of our own, for either kind of forward: they may hold buffers that the step in progress points to.
+        self._apart, self._folded = (
+            [
+                (g.layer_names, g.backend.get_builder_cls()(g.kv_cache_spec, g.layer_names, self._config, self._runner.device))
+                for g in groups
+            ]
+            for _ in range(2)
+        )
         self.device: torch.device = self._runner.device
         if self.device.type == "cpu" and torch.cpu._is_amx_tile_supported():
             torch.cpu._init_amx()  # asks the kernel for the tiles; else a forward before the engine's first one is killed
@@ -248,7 +261,7 @@ class Runner:
             table[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
         slots, positions = rows.slots.to(self.device), rows.positions.to(self.device)
         common = self._common(starts, lengths, table.to(self.device), slots, positions)
-        attention = {name: metadata for names, metadata in self._built(common) for name in names}
+        attention = _built(self._apart, common)
         mapping = dict.fromkeys(attention, slots)
         forward = set_forward_context(attention, self._config, num_tokens=len(rows.ids), slot_mapping=mapping)
         with self._no_adapters(len(rows.ids)), forward:
@@ -282,7 +295,7 @@ class Runner:
             context.cudagraph_runtime_mode.name == "FULL"
             or context.ubatch_slices is not None
             or not isinstance(context.attn_metadata, dict)
-            or any(builder.reorder_batch_threshold is not None for _, builder in self._groups)
+            or any(builder.reorder_batch_threshold is not None for _, builder in self._folded)
             or runner.supports_mm_inputs
             or runner.enable_prompt_embeds
         ):
@@ -315,7 +328,7 @@ class Runner:
         slots = table[row, new_positions // blocks.block_size].long() * blocks.block_size + new_positions % blocks.block_size
         lengths = new_positions.cpu()[offsets[1:].long() - 1].int() + 1
         common = self._common(offsets, lengths, table, slots, new_positions)
-        built = {name: metadata for names, metadata in self._built(common) for name in names}
+        built = _built(self._folded, common)
         ids.copy_(new_ids)
         positions.copy_(new_positions)
         for given in {x.data_ptr(): x for x in context.slot_mapping.values()}.values():
@@ -345,7 +358,7 @@ class Runner:
             positions=positions,
         )
 
-    def _built(self, common: Any) -> Iterator[tuple[Sequence[str], Any]]:
-        """Names of layers, and the attention metadata that they share."""
-        for names, builder in self._groups:
-            yield names, builder.build(0, common)
+
+def _built(groups: Sequence[tuple[Sequence[str], Any]], common: Any) -> dict[str, Any]:
+    """Attention metadata of every layer; those of a group share theirs."""
+    return {name: metadata for names, builder in groups for metadata in [builder.build(0, common)] for name in names}

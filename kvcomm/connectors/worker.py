@@ -60,7 +60,7 @@ class Worker:
         whole: list[Load] = []  # assembled, and their holes can be folded
         for load in step.loads:
             assembled = self._assembled(load)
-            if assembled and load.folded:
+            if load.folded and (assembled or not self._alone):  # ranks must do alike: their forwards are one
                 whole.append(load)
             else:
                 apart += _rows(load, load.holes_apart() if assembled or not self._alone else ((load.start, load.end),))
@@ -141,8 +141,12 @@ class Worker:
         try:
             taken = self._holes.fold(context, loads) if self._folds else set()
         except Exception as fault:  # noqa: BLE001  # nothing was changed, and there is the other way
-            self._fault("fold", loads[0], fault)
-            return set()
+            if self._alone:
+                self._fault("fold", loads[0], fault)
+                return set()
+            for load in loads:
+                self._give_up(load, fault)
+            return {load.request_id for load in loads}
         if not self._judged:
             self._on_trial = [load for load in loads if load.request_id in taken]
         return taken
@@ -154,8 +158,12 @@ class Worker:
         try:
             self._try_fold(loads[0])
         except Exception as fault:  # noqa: BLE001  # whatever it was, those requests are computed again
-            self._folds = False
-            log.exception("kvcomm: holes are computed apart from now on")
+            if self._alone:
+                self._folds = False
+                log.exception("kvcomm: holes are computed apart from now on")
+            else:  # the other ranks may have seen nothing
+                self._news.refusal = repr(fault)
+                log.exception("kvcomm: nothing is shared from now on")
             for load in loads:
                 self._give_up(load, fault)
 

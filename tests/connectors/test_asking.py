@@ -39,7 +39,9 @@ def request(ids: list[int], **fields: Any) -> FakeRequest:
 
 
 def desk(ranks: int = 1, **extra: Any) -> Desk:
-    made = Desk(Settings.from_extra(extra), "model", ranks=ranks, step_tokens=256, block_size=16, prefix_caching=True)
+    made = Desk(
+        Settings.from_extra(extra), "model", ranks=ranks, step_tokens=256, max_rows=8, block_size=16, prefix_caching=True
+    )
     made.heard(News())
     return made
 

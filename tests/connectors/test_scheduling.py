@@ -21,6 +21,8 @@ numbers = count()
 
 
 class Status(Enum):
+    WAITING = 0
+    RUNNING = 3
     FINISHED_STOPPED = 1
     FINISHED_ABORTED = 2
 
@@ -48,7 +50,7 @@ def request(ids: list[int], **fields: Any) -> FakeRequest:
 
 def desk(ranks: int = 1, ready: bool = True, **extra: Any) -> Desk:
     settings = Settings.from_extra({"least_gain": 32, **extra})
-    made = Desk(settings, "model", ranks=ranks, step_tokens=256, block_size=BLOCK, prefix_caching=True)
+    made = Desk(settings, "model", ranks=ranks, step_tokens=256, max_rows=8, block_size=BLOCK, prefix_caching=True)
     if ready:
         made.heard(News())
     return made
@@ -150,24 +152,83 @@ def test_what_the_engine_has_itself_is_weighed_and_then_stays() -> None:
 
 
 def test_the_engines_own_tokens_may_be_computed_in_this_very_step() -> None:
-    """Then they are asked for again, as long as others run and more of them appear."""
+    """Then they are asked for again; text that others compute does not matter, nor does what they have computed."""
     it, known = desk(), text(1, 100)
     live(it, request(known))
-    other = request(text(7, 50))
-    it.arrived(other)
-    it.allocated(other, [9], 0)
+    others = [request(ids, status=Status.RUNNING) for ids in (known[:60], text(7, 50))]
+    for other in others:
+        it.arrived(other)
+        it.allocated(other, [9], 0)
     later = request([*known[:40], *text(8, 5), *known[40:], *text(3, 40)])
     it.arrived(later)
-    assert it.promised(later, 16) is None
-    assert it.promised(later, 16) is None  # in the same step
-    it.step({}, lambda _: [])
-    assert it.promised(later, 32) is None  # more of them than then
-    it.step({}, lambda _: [])
-    promised = it.promised(later, 32)
-    assert promised
-    assert it.promised(later, 16)
-    it.finished(other, [9])
-    assert it.promised(later, 48)
+    assert it.promised(later, 32) is None
+    others[0].num_computed_tokens = 16
+    assert it.promised(later, 32) is None
+    others[0].num_computed_tokens = 32
+    assert it.promised(later, 32)
+    others[0].num_computed_tokens, others[0].status = 0, Status.WAITING  # preempted: it computes nothing
+    assert it.promised(later, 32)
+
+
+def test_a_resumed_request_that_has_lost_the_engines_blocks() -> None:
+    """What is loaded in their place is approximate, and what it leaves behind them is not called exact."""
+    it, known = desk(), text(1, 100)
+    live(it, request([*text(5, 40), *known]))
+    later = request([*text(6, 32), *known, *text(3, 40)])
+    it.arrived(later)
+    first = it.promised(later, 32)
+    assert first
+    it.allocated(later, [4, 5], first)
+    it.step({later.request_id: 172 - 32 - first}, lambda _: [4, 5])
+    assert [(s.start, s.rung) for s in it._requests[later.request_id].plan.spans] == [(0, "exact"), (32, "boundary")]
+    again = it.promised(later, 0)
+    assert again
+    it.allocated(later, [4, 5], again)
+    (load,) = it.step({later.request_id: 9}, lambda _: [4, 5]).loads
+    assert (load.start, load.folded, load.holes[0]) == (0, False, (0, 34))
+    plan = it._requests[later.request_id].plan
+    assert [(s.start, s.rung) for s in plan.spans] == [(32, "boundary")]
+    assert set(range(34)) <= set(plan.recompute.tolist())
+
+
+def test_where_a_step_cannot_take_all_that_is_to_be_computed() -> None:
+    """What is promised ends with reused text; the holes before it are computed apart, however many tokens the engine takes."""
+    it, known = desk(), text(1, 100)
+    live(it, request(known))
+    for new, after, promised in ((300, 9, 0), (20, 300, 120), (150, 200, 250)):  # a step computes 256
+        later = request([*text(2, new), *known, *text(3, after)])
+        it.arrived(later)
+        assert it.promised(later, 0) == promised
+        if promised:
+            it.allocated(later, [4], promised)
+            (load,) = it.step({later.request_id: min(256, len(later.prompt_token_ids) - promised)}, lambda _: []).loads
+            assert (load.folded, load.end, load.holes) == (False, promised, ((0, new + 2),))
+
+
+def test_holes_are_folded_as_far_as_there_are_rows() -> None:
+    it, known = desk(), text(1, 100)
+    live(it, request(known))
+    made = [request([*text(n, 20), *known, *text(n + 1, 5), *known, *text(n + 2, 3)]) for n in (10, 20, 30, 40)]
+    scheduled = {}
+    for later in made:
+        it.arrived(later)
+        promised = it.promised(later, 0)
+        assert promised
+        it.allocated(later, [4], promised)
+        scheduled[later.request_id] = len(later.prompt_token_ids) - promised
+    loads = it.step(scheduled, lambda _: []).loads  # 4 sequences, and 2 more for each that is folded; 8 are allowed
+    assert [load.folded for load in loads] == [True, True, False, False]
+
+
+def test_nothing_of_before_a_reset_is_kept_after_it() -> None:
+    it = desk()
+    made = request(text(1, 100))
+    it.arrived(made)
+    it.allocated(made, [1], 0)
+    it.reset()
+    made.num_computed_tokens = 100
+    assert not it.step({made.request_id: 1}, lambda _: [1]).saves
+    assert it.finished(made, [1])[0] is False
 
 
 def test_how_much_is_worth_it_is_what_the_workers_have_measured() -> None:

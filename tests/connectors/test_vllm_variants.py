@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -105,6 +106,39 @@ def test_preempted(start_engine: Start, text: Text, prefix_caching: bool) -> Non
         assert [engine.plan(o).reused > 0 for o in outputs] == [True, False, True, True]
 
 
+def test_resumed_beside_one_who_computes_the_same_prefix(start_engine: Start, text: Text) -> None:
+    """Too few blocks: a request that reuses and one that is dense lose the prefix which both read, and resume in one step."""
+    from vllm import SamplingParams
+
+    with running(start_engine(num_gpu_blocks_override=15, max_model_len=1792)) as engine:
+        core, done = engine.llm.llm_engine, dict[str, Any]()
+        own, a, b = text(2 * 128), text(310), text(205)
+        engine.ask([*a, *b])
+        for name, ids, new, mode in (
+            ("long", text(700), 1000, "off"),
+            ("dense", [*own, *text(50)], 400, "off"),
+            ("reuses", [*own, *b, *text(20), *a], 200, "on"),
+        ):
+            words = {"kv_transfer_params": {"kvcomm": {"mode": mode}}}
+            params = SamplingParams(
+                temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, logprobs=20, extra_args=words
+            )
+            core.add_request(name, {"prompt_token_ids": ids}, params)
+        preempted, finished = Counter[str](), engine.desk.finished
+
+        def noting(request: Any, blocks: list[int]) -> Any:
+            preempted[request.request_id.partition("-")[0]] = request.num_preemptions
+            return finished(request, blocks)
+
+        engine.desk.finished = noting
+        while core.has_unfinished_requests():
+            done |= {output.request_id: output for output in core.step() if output.finished}
+        assert preempted["reuses"] > 0
+        assert preempted["dense"] > 0
+        engine.check(done["reuses"])
+        assert engine.error(done["dense"]) < 1e-4
+
+
 def test_failing_policy_is_not_needed(start_engine: Start, text: Text) -> None:
     """vLLM's default policy fails requests whose load failed; a lost segment is none of these: it is computed in the pass."""
     a, b = text(200), text(150)
@@ -183,3 +217,29 @@ def test_anchors_in_processes_of_their_own(
         assert set(fallbacks[:-1]) == ({"learning"} if ranks == 1 else set())
         assert of_us["tokens_by_rung"]["anchor" if ranks == 1 else "boundary"] > 200
         assert of_us["tokens_by_rung"]["boundary" if ranks == 1 else "anchor"] == 0
+
+
+def lose(worker: Any) -> None:
+    """Runs in a worker: the second rank's store is emptied."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    store = get_kv_transfer_group().worker._store
+    for segment in store.segments() if worker.rank == 1 else []:
+        store.remove(segment.key)
+
+
+def test_one_rank_loses_what_the_other_has(start_engine: Start, text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks go on together: the request is computed, and the next one as well."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for `lose`
+    a, b = text(210), text(130)
+    with running(start_engine(inside=False, tensor_parallel_size=2)) as engine:
+        engine.ask([*a, *b])
+        (output,) = engine.ask([*text(7), *a[20:], *b])
+        assert output.kv_transfer_params["kvcomm"]["reused_tokens"] > 250
+        engine.llm.collective_rpc(lose)
+        (output,) = engine.ask([*text(9), *a[30:], *text(4), *b])
+        assert output.kv_transfer_params["kvcomm"]["fallback"].startswith("fault: ")
+        assert engine.error(output) < 1e-4
+        (output,) = engine.ask(text(90))
+        assert engine.error(output) < 1e-4

@@ -1,9 +1,6 @@
 """A LangGraph of two agents and a supervisor on one vLLM; the framework knows nothing of kvcomm but a base_url.
 
-The embedded model is so small that computing may be as fast as reuse, and kvcomm measures that: `least_gain` overrules it.
-
-Start the server:  kvcomm vllm --model "$(python -c 'from kvcomm.tiny import FOLDER; print(FOLDER)')" \\
-                     --served-model-name tiny --kvcomm-config '{"least_gain": 32}'
+Start the server:  kvcomm vllm --model "$(python -c 'from kvcomm.tiny import FOLDER; print(FOLDER)')" --served-model-name tiny
 Run it:            OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none python examples/vllm/langgraph_supervisor.py
 """
 

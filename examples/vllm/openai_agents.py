@@ -5,11 +5,8 @@ All three read the documents; the framework knows nothing of kvcomm but a base_u
 The embedded model speaks of reports and questions, not of tools: `tool_choice` names them, and vLLM's structured outputs see to
 the form of the call. That of a handoff has no arguments, that of the clerk one of three questions, which the model chooses.
 
-It is so small, too, that computing may be as fast as reuse, and kvcomm measures that: `least_gain` overrules it.
-
 Start the server:  kvcomm vllm --model "$(python -c 'from kvcomm.tiny import FOLDER; print(FOLDER)')" \\
-                     --served-model-name tiny --kvcomm-config '{"least_gain": 32}' \\
-                     --enable-auto-tool-choice --tool-call-parser xlam \\
+                     --served-model-name tiny --enable-auto-tool-choice --tool-call-parser xlam \\
                      --structured-outputs-config '{"backend": "xgrammar", "disable_any_whitespace": true}'
 Run it:            OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none python examples/vllm/openai_agents.py
 """

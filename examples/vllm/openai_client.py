@@ -1,9 +1,6 @@
 """Two agents ask one vLLM about the same documents, through the openai client; the second finds them known.
 
-The embedded model is so small that computing may be as fast as reuse, and kvcomm measures that: `least_gain` overrules it.
-
-Start the server:  kvcomm vllm --model "$(python -c 'from kvcomm.tiny import FOLDER; print(FOLDER)')" \\
-                     --served-model-name tiny --kvcomm-config '{"least_gain": 32}'
+Start the server:  kvcomm vllm --model "$(python -c 'from kvcomm.tiny import FOLDER; print(FOLDER)')" --served-model-name tiny
 Run it:            OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none python examples/vllm/openai_client.py
 """
 

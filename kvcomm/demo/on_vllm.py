@@ -40,7 +40,7 @@ class Arm:
 @contextmanager
 def arms(model: str, dtype: str, *, quiet: bool) -> Iterator[dict[str, Arm]]:
     """As long as the engine is open. Raises InputError where there is no vLLM, or it cannot load the model."""
-    # What is shared is to be seen, also where a model is so small that computing is as fast.
+    # Not measured: what is shared is the same on every machine.
     extra = {"store_bytes": STORE_BYTES, "least_gain": 32}
     engine = LocalEngine.start(model, dtype=dtype, extra=extra, tokenizer=True, quiet=quiet)
     try:

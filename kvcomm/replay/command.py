@@ -149,12 +149,12 @@ def _replay(
         "policies": _configured(policies),
         "identity": player.identity(),
     }
-    log = Log(args.output and args.output / "calls.jsonl", head)
-    resumed = len(log.rows)
-    if resumed < len(turns):
-        warm_up(player, options)
-    with tqdm(total=len(turns), desc="calls", disable=args.quiet, leave=False) as bar:
-        replay(turns, player, options, log, lambda _: bar.update())
+    with Log(args.output and args.output / "calls.jsonl", head) as log:
+        resumed = len(log.rows)
+        if resumed < len(turns):
+            warm_up(player, options)
+        with tqdm(total=len(turns), desc="calls", disable=args.quiet, leave=False) as bar:
+            replay(turns, player, options, log, lambda _: bar.update())
     rows = [log.rows[turn.number] for turn in turns]
     names = [policy.name for policy in policies]
     return rows, document(

@@ -1,7 +1,8 @@
 """What a replay writes down, and where it goes on: one line of JSON per call, behind a line that says of what.
 
 A call's line is written when all policies have served it, and is flushed to the disk; a line that was cut while it was written
-is dropped when the file is opened again. The same rows go into a CSV at the end.
+is dropped when the file is opened again. Whoever writes holds a lock on the file, which goes with the process. The same rows go
+into a CSV at the end.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 from kvcomm.errors import InputError
 from kvcomm.segments import RUNGS
@@ -72,18 +73,39 @@ class Row:
 
 
 class Log:
-    """The rows of one replay. Mutable; one process at a time."""
+    """The rows of one replay. Mutable; nobody else writes to its file until it is closed."""
 
     def __init__(self, path: Path | None, head: Mapping[str, object]) -> None:
         """Reads what is there of the same replay, and cuts a broken end off. `head` says what the replay is of; without a path
-        nothing is written. Raises InputError where `path` holds the rows of another replay, or something else.
+        nothing is written. Raises InputError where `path` cannot be written, another replay is writing there, or it holds the
+        rows of another replay, or something else.
         """
         self.path, self.head = path, {"schema": SCHEMA, **json.loads(json.dumps(head))}
         self.rows: dict[int, Row] = {}
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.read_bytes() if path.exists() else b""
+        self._file = None if path is None else _locked(path)
+        try:
+            if path is not None:
+                self._go_on(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, row: Row) -> None:
+        self.rows[row.number] = row
+        self._append(asdict(row))
+
+    def _go_on(self, path: Path) -> None:
+        whole = path.read_bytes()
         kept = whole.rfind(b"\n") + 1  # what is behind was cut while it was written
         if kept:
             self._read(whole[:kept].splitlines())
@@ -93,11 +115,6 @@ class Log:
             os.truncate(path, kept)
         if not kept:
             self._append(self.head)
-
-    def add(self, row: Row) -> None:
-        self.rows[row.number] = row
-        if self.path is not None:
-            self._append(asdict(row))
 
     def _read(self, lines: Sequence[bytes]) -> None:
         try:
@@ -110,11 +127,28 @@ class Log:
         self.rows = {number: row for number, row in found.items() if not row.failed}
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        assert self.path is not None
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=True, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if self._file is not None:
+            self._file.write(json.dumps(line, ensure_ascii=True, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The file, to be written on at its end; the lock goes when it is closed, or with the process."""
+    import fcntl  # here, so that a system without it can import the package
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}; give another --output") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        why = "another replay is writing here" if isinstance(error, BlockingIOError) else f"no lock: {error.strerror}"
+        raise InputError(f"{path}: {why}; wait for its end or give another --output") from error
+    return file
 
 
 def _difference(there: object, here: Mapping[str, object]) -> str:

@@ -261,6 +261,27 @@ def test_killed_and_resumed(trace: Path, tmp_path: Path, team_rows: list[dict[st
     assert (rows_of(cut), log.stat().st_mtime_ns) == (after, times)
 
 
+def test_two_replays_into_one_folder(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another process writes: this one is refused and touches nothing; when that one is killed, this one goes on."""
+    out = tmp_path / "out"
+    options = ("--policies", "rotate,auto", "--output", str(out))
+    command = [sys.executable, "-m", "kvcomm", "replay", str(trace), *options, "-q"]
+    log = out / "calls.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}) as process:
+        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < 2):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)
+        try:
+            held = log.read_bytes()
+            assert run(trace, *options) == 2
+            assert re.search("calls.jsonl: another replay is writing here; .*give another --output", capsys.readouterr().err)
+            assert log.read_bytes() == held
+        finally:
+            process.send_signal(signal.SIGKILL)
+    assert run(trace, *options) == 0
+    assert [row["number"] for row in rows_of(out)] == list(range(7))
+
+
 @pytest.mark.parametrize("how", [("--live", "--max-new-tokens", 24), ("--across",)])
 def test_cut_where_earlier_calls_matter(trace: Path, tmp_path: Path, how: tuple[object, ...]) -> None:
     options = (trace, *how, "--policies", "rotate", "--output", tmp_path)

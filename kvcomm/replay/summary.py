@@ -52,7 +52,7 @@ def _by_policy(rows: Sequence[Row], policies: Sequence[str]) -> dict[str, Any]:
 
 def _numbers(outcomes: Sequence[Outcome], dense_ms: Sequence[float | None]) -> dict[str, Any]:
     tokens = sum(o.prompt_tokens for o in outcomes)
-    ratios = [d / o.ttft_ms for o, d in zip(outcomes, dense_ms, strict=True) if o.ttft_ms and d]
+    timed = [(d, o.ttft_ms) for o, d in zip(outcomes, dense_ms, strict=True) if o.ttft_ms and d]
     return {
         "prompt_tokens": tokens,
         "answer_tokens": sum(o.answer_tokens for o in outcomes),
@@ -60,7 +60,8 @@ def _numbers(outcomes: Sequence[Outcome], dense_ms: Sequence[float | None]) -> d
         "tokens_by_rung": {rung: sum(o.tokens_by_rung.get(rung, 0) for o in outcomes) for rung in RUNGS},
         "ttft_ms": _of(median, (o.ttft_ms for o in outcomes)),
         "ttft_sum_ms": _of(sum, (o.ttft_ms for o in outcomes)),
-        "dense_over_this_ttft": _of(median, ratios),
+        "dense_over_this_ttft_sum": sum(d for d, _ in timed) / sum(t for _, t in timed) if timed else None,
+        "dense_over_this_ttft": _of(median, (d / t for d, t in timed)),
         "kl_first": _of(fmean, (o.kl_first for o in outcomes)),
         "kl_early": _of(fmean, (o.kl_early for o in outcomes)),
         "kl": _of(fmean, (o.kl for o in outcomes)),

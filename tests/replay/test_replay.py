@@ -429,3 +429,32 @@ def test_a_model_that_fails_is_said_and_tried_again(
     rows = {row["number"]: row for row in rows_of(tmp_path / "out")}
     assert all(row["skipped"] is None for row in rows.values())
     assert len(rows) == 7
+
+
+def test_headline_is_that_of_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Times from a log written by hand: one long call, two short ones. The ratio of what stands in the table is the headline."""
+    from kvcomm.replay.page import page, terminal
+    from kvcomm.replay.results import Outcome, Row
+    from kvcomm.replay.summary import summarise
+
+    measured: dict[str, Any] = {"positions": 1, "kl_first": 0.0, "kl_early": 0.0, "kl": 0.0, "top1": 1.0, "top1_first": True}
+    rows = [
+        Row(i, "s", "a", "", "", 0, (), policies={
+            "dense": Outcome(dense, 0, {}, 100, 1), "auto": Outcome(ours, 50, {}, 100, 1, **measured)
+        })
+        for i, (dense, ours) in enumerate([(6000.0, 1500.0), (90.0, 100.0), (110.0, 100.0)])
+    ]  # fmt: skip
+    assert run(written(tmp_path / "t.jsonl", [call()]), "--format", "json", "--policies", "auto") == 0
+    doc = {**json.loads(capsys.readouterr().out), **summarise(rows, ["dense", "auto"])}
+    auto = doc["policies"]["auto"]
+    assert (auto["ttft_sum_ms"], auto["ttft_ms"]) == (1700, 100)
+    assert (auto["dense_over_this_ttft_sum"], auto["dense_over_this_ttft"]) == (6200 / 1700, 1.1)
+    printed = terminal(doc)
+    assert "first token 3.65x as fast as dense (all calls' times together; 1.10x for the median call)" in printed
+    head, _, line = printed.splitlines()[1:4]
+    assert re.search(r"ttft sum ms +dense / it +median per call +reused", head)
+    assert line.split()[:4] == ["auto", "1700.0", "3.65x", "1.10x"]
+    html = page(doc, rows)
+    assert "first token 3.65x as fast" in html
+    assert "<th>TTFT sum ms</th><th>dense / it</th><th>TTFT median ms</th><th>median per call</th>" in html
+    assert "<td>1700.0</td><td>3.65x</td><td>100.0</td><td>1.10x</td>" in html

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from kvcomm._version import __version__
 from kvcomm.connectors.vllm import TESTED
 from kvcomm.errors import KVCommError
-from kvcomm.report import document, dumps, write_json
+from kvcomm.report import document, dumps, gib, write_json
 from kvcomm.tiny import FOLDER
 
 __all__ = [
@@ -228,7 +228,7 @@ def _lines(doc: dict[str, Any]) -> list[str]:
     out = [
         f"kvcomm {doc['kvcomm_version']}   Python {m['python']}   {m['platform']}",
         f"{m['cpu']} ({h['cpu_capability']}), {m['cpus']} CPUs, {m['torch_threads']} threads",
-        f"memory {_gib(m['memory_bytes'])}, {_gib(h['memory_available_bytes'])} of it free",
+        f"memory {gib(m['memory_bytes'])}, {gib(h['memory_available_bytes'])} of it free",
         *(f"GPU {name}" for name in h["gpus"] or ()),
         "",
         f"packages (pip: {sys.executable} -m pip)",
@@ -256,7 +256,3 @@ def _lines(doc: dict[str, Any]) -> list[str]:
         "",
         "all that is needed is here" if doc["ok"] else "something that is needed is missing: see the lines with !!",
     ]
-
-
-def _gib(size: int | None) -> str:
-    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"

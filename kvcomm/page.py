@@ -6,6 +6,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from kvcomm.report import facts
+
 __all__ = ["ms", "percent", "render"]
 
 
@@ -18,7 +20,7 @@ def render(template: Path, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters.update(percent=percent, ms=ms)
+    env.filters.update(percent=percent, ms=ms, facts=facts)
     return env.get_template(template.name).render(values)
 
 

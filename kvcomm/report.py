@@ -20,7 +20,7 @@ import numpy as np
 
 from kvcomm._version import __version__
 
-__all__ = ["document", "dumps", "machine", "write_json"]
+__all__ = ["document", "dumps", "facts", "gib", "machine", "write_json"]
 
 
 def document(schema: str, **body: object) -> dict[str, Any]:
@@ -71,6 +71,17 @@ def machine() -> dict[str, Any]:
         "torch": None if torch is None else str(torch.__version__),
         "torch_threads": None if torch is None else int(torch.get_num_threads()),
     }
+
+
+def facts(machine: Mapping[str, Any]) -> str:
+    """What `machine` found, as a line to read; what is not known is left out."""
+    named = {("memory" if name == "memory_bytes" else name): value for name, value in machine.items() if value is not None}
+    return ", ".join(f"{name} {gib(value) if name == 'memory' else value}" for name, value in named.items())
+
+
+def gib(size: int | None) -> str:
+    """Bytes, for a person."""
+    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
 
 
 def _cpu_name() -> str:

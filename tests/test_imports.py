@@ -18,8 +18,8 @@ ROOT = Path(kvcomm.__file__).parent
 LAYERS = (
     ("_version", "errors", "segments"),
     ("config",),
-    ("answers", "fingerprint", "matching", "page", "plain", "plot", "report", "rope"),
-    ("codecs",),
+    ("answers", "fingerprint", "matching", "plain", "plot", "report", "rope"),
+    ("codecs", "page"),
     ("anchors",),
     ("estimators",),
     ("store",),

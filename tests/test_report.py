@@ -66,3 +66,10 @@ def test_write_json(tmp_path: Path) -> None:
         report.write_json(path, {"a": math.nan})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ü"}, "a failed write leaves the old file"
     assert [p.name for p in path.parent.iterdir()] == ["doc.json"], "and no part of the new one"
+
+
+def test_facts_are_read_by_people() -> None:
+    found = {"cpu": "abacus", "cpus": 2, "memory_bytes": 25276502016, "torch": None}
+    assert report.facts(found) == "cpu abacus, cpus 2, memory 23.5 GiB"
+    assert (report.gib(None), report.gib(1 << 30)) == ("unknown", "1.0 GiB")
+    assert report.facts(report.machine()).endswith(f"torch_threads {torch.get_num_threads()}")

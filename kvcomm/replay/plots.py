@@ -8,7 +8,7 @@ from statistics import median
 from types import MappingProxyType
 from typing import Any
 
-from kvcomm.plot import Canvas, Mark, Tick, scale_x, scale_y
+from kvcomm.plot import Canvas, Mark, Scale, Tick, scale_x, scale_y
 from kvcomm.replay.results import Row
 
 __all__ = ["COLOURS", "RUNG_COLOURS", "hops", "quality", "times"]
@@ -27,7 +27,7 @@ RUNG_COLOURS: Mapping[str, str] = MappingProxyType(
     {"exact": "#d98a1f", "rotate": "#cf5b57", "boundary": "#4f86d1", "anchor": "#a06bc4", "dense": "#aab4c2"}
 )
 SHOWN = 400  # calls per policy that are drawn
-FLOOR = 1e-7  # nats: a divergence below is as good as none
+FLOOR = 1e-7  # nats: a divergence below is as good as none, and drawn here
 
 
 def times(rows: Sequence[Row]) -> Canvas | None:
@@ -55,7 +55,7 @@ def times(rows: Sequence[Row]) -> Canvas | None:
 def quality(doc: dict[str, Any]) -> Canvas | None:
     """KL over the answer against the median time, one mark per policy."""
     points = {
-        n: (p["ttft_ms"], max(p["kl"], FLOOR)) for n, p in doc["policies"].items() if p["kl"] is not None and p["ttft_ms"]
+        n: (p["ttft_ms"], p["kl"]) for n, p in doc["policies"].items() if p["kl"] is not None and p["ttft_ms"]
     }
     if not points:
         return None
@@ -63,7 +63,7 @@ def quality(doc: dict[str, Any]) -> Canvas | None:
     costs = [cost for cost, _ in points.values()] + ([dense] if dense else [])
     x = scale_x(0.7 * min(costs), 1.6 * max(costs), log=True)
     y = scale_y(FLOOR, 3 * max(10 * FLOOR, *(kl for _, kl in points.values())), log=True)
-    canvas = Canvas(x, y, "time to first token, median ms", "KL from dense, nats", x.ticks(), y.ticks())
+    canvas = Canvas(x, y, "time to first token, median ms", "KL from dense, nats", x.ticks(), _floored(y))
     if dense:
         canvas.line([(x(dense), y.start), (x(dense), y.end)], COLOURS["dense"], dashed=True)
     canvas.marks += [
@@ -79,7 +79,7 @@ def hops(doc: dict[str, Any]) -> Canvas | None:
     if len(depths) < 2:
         return None
     lines = {
-        name: [(found["hop"], max(kl, FLOOR)) for found in doc["hops"] if (kl := found["policies"][name]["kl"]) is not None]
+        name: [(found["hop"], kl) for found in doc["hops"] if (kl := found["policies"][name]["kl"]) is not None]
         for name in doc["policies"]
     }
     lines = {name: points for name, points in lines.items() if points}
@@ -89,12 +89,17 @@ def hops(doc: dict[str, Any]) -> Canvas | None:
     x = scale_x(depths[0] - 0.2, depths[-1] + 0.2, right=90)
     y = scale_y(FLOOR, 3 * max(10 * FLOOR, most), log=True)
     ticks = [Tick(x(depth), str(depth)) for depth in depths[:: -(-len(depths) // 12)]]
-    canvas = Canvas(x, y, "outputs in a row that led to the call", "KL from dense, nats", ticks, y.ticks())
+    canvas = Canvas(x, y, "outputs in a row that led to the call", "KL from dense, nats", ticks, _floored(y))
     for name, points in lines.items():
         canvas.line([(x(d), y(kl)) for d, kl in points], COLOURS[name])
         canvas.marks += [Mark(x(d), y(kl), COLOURS[name], f"{name}: hop {d}, KL {kl:.2g}") for d, kl in points]
     canvas.name_ends([(x(points[-1][0]) + 10, y(points[-1][1]), name, COLOURS[name]) for name, points in lines.items()])
     return canvas
+
+
+def _floored(y: Scale) -> list[Tick]:
+    """Ticks of KL. The lowest one says that what is below it stands there as well."""
+    return [Tick(t.at, "≤1e-7") if t.at == y(FLOOR) else t for t in y.ticks()]
 
 
 def _names(rows: Sequence[Row]) -> list[str]:

@@ -458,3 +458,24 @@ def test_headline_is_that_of_its_table(tmp_path: Path, capsys: pytest.CaptureFix
     assert "first token 3.65x as fast" in html
     assert "<th>TTFT sum ms</th><th>dense / it</th><th>TTFT median ms</th><th>median per call</th>" in html
     assert "<td>1700.0</td><td>3.65x</td><td>100.0</td><td>1.10x</td>" in html
+
+
+def test_what_is_as_good_as_dense_is_drawn_as_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A KL of 0 stands at the bottom, whose tick says that it holds less as well; what is pointed at says 0."""
+    assert run(written(tmp_path / "t.jsonl", [call()]), "--output", tmp_path, "--policies", "prefix") == 0
+    html = (tmp_path / "replay.html").read_text()
+    assert json.loads((tmp_path / "replay.json").read_text())["policies"]["prefix"]["kl"] == 0
+    low, *higher = re.findall(r'text-anchor="end">(≤?1e-\d+)<', html)
+    assert low == "≤1e-7"
+    assert "≤1e-7" not in higher
+    assert re.search(r"<title>prefix: [\d.]+ ms, KL 0</title>", html)
+
+
+def test_page_says_what_is_hidden_and_how_much_memory_there_is(tmp_path: Path) -> None:
+    from kvcomm.report import gib, machine
+
+    assert run(written(tmp_path / "t.jsonl", [call()]), "--output", tmp_path, "--policies", "prefix") == 0
+    html = (tmp_path / "replay.html").read_text()
+    assert f"memory {gib(machine()['memory_bytes'])}, " in html
+    assert "memory_bytes" not in html
+    assert "background-attachment: local, local, scroll, scroll" in html  # the shadow at the edge of a wide table

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import blake2b
@@ -64,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     turns, trace = _turns(args)
+    if args.backend == "vllm" and "anchor" in re.split(r"[\s,]+", args.policies or ""):
+        raise InputError("policy 'anchor' needs --backend hf: on vLLM, anchors are a setting of the whole engine; leave it out")
     policies = named(",".join(OFFERED[args.backend]) if args.policies is None else args.policies, OFFERED[args.backend])
+    if args.output:
+        _prepare(args.output)
     with _player(args) as player:
         rows, doc = _replay(args, turns, trace, policies, player)
     if args.output:
@@ -192,10 +198,20 @@ def _fingerprint(turns: list[Turn]) -> str:
     return f"{len(turns)} calls {digest.hexdigest()}"
 
 
+def _prepare(folder: Path) -> None:
+    """Makes the folder before a model is loaded in vain. Raises InputError where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "it is a file" if folder.is_file() else error.strerror
+        raise InputError(f"--output {folder} cannot be made: {why}; give a folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"--output {folder} may not be written to; give another folder")
+
+
 def _write(folder: Path, rows: list[Row], doc: dict[str, Any]) -> None:
     from kvcomm.replay.page import page
 
-    folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "calls.csv", rows)
     write_json(folder / "replay.json", doc)
     (folder / "replay.html").write_text(page(doc, rows), encoding="utf-8")

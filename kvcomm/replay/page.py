@@ -35,7 +35,18 @@ def terminal(doc: dict[str, Any]) -> str:
         )
         for name, p in doc["policies"].items()
     ]
-    head = ("policy", "ttft sum ms", "dense / it", "median per call", "reused", "KL first", "first 8", "answer", "top-1 first", "answer")
+    head = (
+        "policy",
+        "ttft sum ms",
+        "dense / it",
+        "median per call",
+        "reused",
+        "KL first",
+        "first 8",
+        "answer",
+        "top-1 first",
+        "answer",
+    )
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     table = [
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))

@@ -54,9 +54,7 @@ def times(rows: Sequence[Row]) -> Canvas | None:
 
 def quality(doc: dict[str, Any]) -> Canvas | None:
     """KL over the answer against the median time, one mark per policy."""
-    points = {
-        n: (p["ttft_ms"], p["kl"]) for n, p in doc["policies"].items() if p["kl"] is not None and p["ttft_ms"]
-    }
+    points = {n: (p["ttft_ms"], p["kl"]) for n, p in doc["policies"].items() if p["kl"] is not None and p["ttft_ms"]}
     if not points:
         return None
     dense = doc["policies"]["dense"]["ttft_ms"]
@@ -99,7 +97,7 @@ def hops(doc: dict[str, Any]) -> Canvas | None:
 
 def _floored(y: Scale) -> list[Tick]:
     """Ticks of KL. The lowest one says that what is below it stands there as well."""
-    return [Tick(t.at, "≤1e-7") if t.at == y(FLOOR) else t for t in y.ticks()]
+    return [Tick(t.at, "≤1e-7") if abs(t.at - y(FLOOR)) < 0.5 else t for t in y.ticks()]
 
 
 def _names(rows: Sequence[Row]) -> list[str]:

@@ -85,3 +85,15 @@ def test_another_model_under_the_same_name(folder: Path) -> None:
     other.index = comm.index
     assert other.generate(text, max_new_tokens=2, do_sample=False).report.reused_tokens == 0
     assert comm.generate(text, max_new_tokens=2, do_sample=False).report.reused_tokens > 0
+
+
+@pytest.mark.parametrize("name", ["/nope/model", "./nope", "~/nope", "a/b/c"])
+def test_a_folder_that_is_not_there(name: str) -> None:
+    with pytest.raises(InputError, match=f"^there is no folder {name}, and no Hugging Face id"):
+        load(name)
+
+
+@pytest.mark.parametrize("name", ["nope", "some/nope"])
+def test_a_name_that_may_be_an_id_is_asked_for(name: str) -> None:
+    with pytest.raises(InputError, match=f"cannot load a causal language model from '{name}'"):
+        load(name)

@@ -393,13 +393,34 @@ def test_unusable_traces(tmp_path: Path, content: bytes, capsys: pytest.CaptureF
         (["--sessions", "0"], "--sessions is 0"),
         (["--positions", "0"], "--positions is 0"),
         (["--context", "1"], "--context is 1"),
-        (["--model", "/nowhere"], "nowhere"),
+        (["--model", "/nowhere"], "there is no folder /nowhere, and no Hugging Face id is written like that"),
+        (["--backend", "vllm", "--policies", "auto, anchor"], "policy 'anchor' needs --backend hf: on vLLM, anchors are"),
         (["--dtype", "int12"], "--dtype is 'int12'"),
     ],
 )
 def test_unusable_flags(trace: Path, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(trace, *flags) == 2
     assert says in capsys.readouterr().err
+
+
+def test_output_that_is_no_folder(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before a model is loaded, which is not there either."""
+    (tmp_path / "file").write_text("mine")
+    for output, says in (("file", "it is a file; give a folder"), ("file/below", "Not a directory; give a folder")):
+        assert run(trace, "--output", tmp_path / output, "--model", "/nowhere") == 2
+        assert re.search(f"InputError: --output .*{output} cannot be made: {says}", capsys.readouterr().err)
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "calls.jsonl").mkdir()
+    assert run(trace, "--output", tmp_path, "--policies", "dense") == 2
+    assert "calls.jsonl cannot be written: Is a directory; give another --output" in capsys.readouterr().err
+
+
+def test_output_that_may_not_be_written(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kvcomm.replay.command.os.access", lambda *_: False)  # root may write everywhere
+    assert run(trace, "--output", tmp_path, "--model", "/nowhere") == 2
+    assert f"--output {tmp_path} may not be written to; give another folder" in capsys.readouterr().err
 
 
 def test_policies() -> None:
@@ -432,7 +453,7 @@ def test_a_model_that_fails_is_said_and_tried_again(
 
 
 def test_headline_is_that_of_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Times from a log written by hand: one long call, two short ones. The ratio of what stands in the table is the headline."""
+    """Times by hand: one long call, two short ones. The ratio of the sums in the table is the headline."""
     from kvcomm.replay.page import page, terminal
     from kvcomm.replay.results import Outcome, Row
     from kvcomm.replay.summary import summarise

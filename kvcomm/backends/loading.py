@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ from kvcomm.errors import InputError, UnsupportedModel
 
 __all__ = ["dtype_named", "load"]
 
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
 def load(model_id: str, *, dtype: str | torch.dtype = "auto", **options: Any) -> HFBackend:
     """Raises InputError where there is no usable checkpoint and UnsupportedModel where its cache cannot be shared."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(model_id)
@@ -27,11 +27,8 @@ def load(model_id: str, *, dtype: str | torch.dtype = "auto", **options: Any) ->
             raise InputError(f"{model_id} has no config.json; give a folder that save_pretrained wrote, or a Hugging Face id")
         if not any(p.is_file() for pattern in WEIGHTS for p in folder.glob(pattern)):
             raise InputError(f"{model_id} has a config.json but no weights ({', '.join(WEIGHTS)}); copy them there")
-    else:
-        try:
-            validate_repo_id(model_id)  # "models/tiny" may be either, "/models/tiny" may not
-        except HFValidationError as error:
-            raise InputError(f"there is no folder {model_id}, and no Hugging Face id is written like that") from error
+    elif not HUB_ID.fullmatch(model_id):  # "models/tiny" may be one, "/models/tiny" may not
+        raise InputError(f"there is no folder {model_id}, and no Hugging Face id is written like that")
     try:
         config = AutoConfig.from_pretrained(model_id)
         if getattr(config, "is_encoder_decoder", False):

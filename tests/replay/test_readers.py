@@ -295,6 +295,29 @@ def test_a_document_is_never_held(calls: list[Call], chat: Chat, tmp_path: Path)
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("where", ["tools", "gen_ai.tool.definitions"])
+def test_definitions_of_tools_are_not_held(where: str, tmp_path: Path) -> None:
+    """A session of short messages whose calls each bring 10 kB of them."""
+    tools = [{"name": f"tool_{i}", "parameters": {f"p{j}": {"type": "string"} for j in range(6)}} for i in range(60)]
+    row: dict[str, Any] = {"session_id": "s", "agent": "a", "messages": [{"role": "user", "content": "hi"}], where: tools}
+    if where != "tools":
+        said = {"gen_ai.input.messages": json.dumps(row["messages"]), where: json.dumps(tools)}
+        row = {"trace_id": "t", "span_id": "s", "attributes": said}
+    path = saved(tmp_path, (json.dumps(row) + "\n").encode() * 600)
+    tracemalloc.start()
+    assert len(list(read_trace(path, strict=True))) == 600
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("number", ["--5", "\u00b2", "-", "5-", "9" * 5000])
+def test_a_whole_number_that_is_none(number: str, tmp_path: Path) -> None:
+    said = {"gen_ai.input.messages": {"stringValue": "hi"}, "gen_ai.usage.input_tokens": {"intValue": number}}
+    span = {"traceId": "t", "spanId": "s", "attributes": [{"key": k, "value": v} for k, v in said.items()]}
+    (call,) = read_trace(saved(tmp_path, json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}).encode()))
+    assert call.messages == (Message("user", "hi"),)
+
+
 @pytest.mark.parametrize("data", [b"", b" \n\n ", b"[]", b"{}", b'{"spans": []}', gzip.compress(b"")], ids=repr)
 def test_empty(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"there is nothing in it|no call of a model"):

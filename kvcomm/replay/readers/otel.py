@@ -7,6 +7,7 @@ agents, tools and workflows are no calls, but name the agent and conversation of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ IN = ("gen_ai.input.messages", "gen_ai.prompt", "gen_ai.request.messages", "gen_
 OUT = ("gen_ai.output.messages", "gen_ai.output.text", "gen_ai.completion", "gen_ai.response.text")
 OLD = ("system", "user", "assistant", "tool")  # gen_ai.<role>.message
 CALL = ("chat", "text_completion", "generate_content")
+WHOLE = re.compile(r"-?[0-9]{1,19}")
 NO_CALL = ("embeddings", "execute_tool", "create_agent", "invoke_agent", "invoke_workflow", "retrieval")
 
 
@@ -64,11 +66,7 @@ class Span:
             started=self.started,
             ended=self.ended,
             where=where,
-            extra={
-                "trace": self.trace,
-                "model": name_in(self.attributes, "gen_ai.request.model", "llm.model_name"),
-                "tools": decoded(self.attributes.get("gen_ai.tool.definitions")),
-            },
+            extra={"trace": self.trace, "model": name_in(self.attributes, "gen_ai.request.model", "llm.model_name")},
         )
 
 
@@ -121,7 +119,7 @@ def _value(value: Any) -> Any:
     if kind in ("stringValue", "string_value", "boolValue", "bool_value", "doubleValue", "double_value"):
         return inner
     if kind in ("intValue", "int_value"):
-        return int(inner) if isinstance(inner, str) and inner.lstrip("-").isdigit() and len(inner) < 20 else inner
+        return int(inner) if isinstance(inner, str) and WHOLE.fullmatch(inner) else inner
     if kind in ("arrayValue", "array_value") and isinstance(inner, Mapping) and isinstance(inner.get("values"), list):
         return [_value(v) for v in inner["values"]]
     if kind in ("kvlistValue", "kvlist_value") and isinstance(inner, Mapping):

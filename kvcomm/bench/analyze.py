@@ -1,8 +1,8 @@
 """`kvcomm bench analyze`: how many prompt tokens a second `kvcomm analyze` reads, counts and compares, and in how much memory.
 
 Two traces are made up, the second ten times as long: four agents of a session read everything that was said in it, every call
-brings the definitions of its tools, sessions are interleaved by four, one JSON object a line. Each trace is analyzed in a process
-of its own; time includes its start, reading and tokenising, and memory is the most that the process ever had.
+brings the definitions of its tools, sessions are interleaved by four, one JSON object a line. Each trace is analyzed in a
+process of its own; time includes its start, reading and tokenising, and memory is the most that the process ever had.
 """
 
 from __future__ import annotations

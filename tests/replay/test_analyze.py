@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -205,6 +206,17 @@ def test_a_hostile_file_ends_in_one_line(name: str, tmp_path: Path, capsys: pyte
     assert err.startswith("kvcomm: InputError: ")
     assert (err.count("\n"), "trace.jsonl" in err) == (1, True)
     assert len(err) < 500
+
+
+@pytest.mark.parametrize("name", ["trace.jsonl", os.fsdecode(b"\xff\xfe.jsonl")], ids=["a key", "a file's name"])
+def test_text_that_is_no_utf8_is_printed_and_written(name: str, hand: Write, calls: list[Call], tmp_path: Path) -> None:
+    """In a process of its own, whose output is encoded."""
+    path = saved(tmp_path, hand(calls) + b'{"\\ud800": 1}\nbroken\n', name)
+    for form in ("terminal", "json"):
+        command = [sys.executable, "-m", "kvcomm", "analyze", path, "--format", form, "--output", tmp_path / "new"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"{name.encode(errors='replace').decode()}:13: no known format: an object with ?" in done.stdout
 
 
 def test_a_hundred_thousand_messages_of_one_word(hand: Write, tmp_path: Path) -> None:

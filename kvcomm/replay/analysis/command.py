@@ -73,7 +73,7 @@ def _document(trace: Trace, totals: Totals) -> dict[str, Any]:
     agents = sorted(totals.agents.items(), key=lambda item: -item[1].tokens)
     return document(
         "kvcomm.analyze/1",
-        trace=trace.path.name,
+        trace=trace.name,
         formats=dict(trace.formats),
         tokenizer=totals.tokens.name,
         tokens_are_estimated=totals.tokens.estimated,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvcomm.errors import InputError
 from kvcomm.replay.calls import Call
-from kvcomm.replay.readers.base import Around, BadRecord, Format, NoText, Problem, Record
+from kvcomm.replay.readers.base import Around, BadRecord, Format, NoText, Problem, Record, clean
 from kvcomm.replay.readers.documents import records
 from kvcomm.replay.readers.jsonl import Jsonl
 from kvcomm.replay.readers.langsmith import LangSmith
@@ -38,6 +38,11 @@ class Trace:
         self.records = 0
         self.unknown = 0  # of no known format
         self._calls = in_sessions(self._found())
+
+    @property
+    def name(self) -> str:
+        """Of the file or folder, as text."""
+        return clean(self.path.name)
 
     def __iter__(self) -> Iterator[Call]:
         return self._calls

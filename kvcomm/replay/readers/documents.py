@@ -15,7 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from kvcomm.replay.readers.base import Problem, Record
+from kvcomm.replay.readers.base import Problem, Record, clean
 
 __all__ = ["MAX_DEPTH", "MAX_RECORD", "records"]
 
@@ -36,7 +36,7 @@ def records(path: Path, report: Report) -> Iterator[tuple[Record, str]]:
         file = _Limited(gzip.GzipFile(fileobj=raw) if zipped else raw)
         try:
             found = _lines if _is_lines(file.peek(HEAD)) else _document
-            yield from found(file, path.name, report)
+            yield from found(file, clean(path.name), report)
         except UNPACKING as e:
             report(Problem(path.name, f"the rest cannot be unpacked: {e}"))
 

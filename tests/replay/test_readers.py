@@ -283,6 +283,66 @@ def test_one_line_of_50_mb(calls: list[Call], hand: Write, tmp_path: Path) -> No
         list(read_trace(saved(tmp_path, line)))
 
 
+BROKEN = b'{"broken": \n'
+MANY = " ".join(["word"] * 260_000)  # 1.3 MB
+LINES: dict[str, dict[str, Any]] = {
+    "a call": {"session_id": "s", "agent": "a", "messages": [{"role": "user", "content": MANY}]},
+    "a wrapper": {"data": [{"session_id": "s", "agent": "a", "messages": [{"role": "user", "content": MANY}]}]},
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_a_first_line_longer_than_is_looked_at(kind: str, calls: list[Call], hand: Write, tmp_path: Path) -> None:
+    """Lines stay lines: a broken one behind it takes nothing with it."""
+    line = json.dumps(LINES[kind]).encode() + b"\n"
+    data = line + BROKEN + hand(calls)
+    for packed in (data, gzip.compress(data)):
+        read, trace = read_with_problems(saved(tmp_path, packed))
+        assert told(read) == [("s", "a", (Message("user", MANY),)), *told(calls)]
+        assert [p.where for p in trace.problems] == ["trace.json:2"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [(b'{"messages": "' + b"word " * 10_000_000, "longer than 16 MiB"), (b'{"messages": ' + b"9" * 2_000_000, "not JSON")],
+)
+def test_a_first_line_that_cannot_be_used(line: bytes, said: str, calls: list[Call], hand: Write, tmp_path: Path) -> None:
+    path = saved(tmp_path, line + b"\n" + hand(calls))
+    tracemalloc.start()
+    trace = read_trace(path)
+    assert told(list(trace)) == told(calls)
+    assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    tracemalloc.stop()
+    assert [p.where for p in trace.problems] == ["trace.json:1"]
+    assert said in trace.problems[0].reason
+
+
+def test_a_document_that_begins_with_a_very_long_line(calls: list[Call], hand: Write, tmp_path: Path) -> None:
+    first = json.dumps(LINES["a call"]).encode()
+    data = b'{"data": [' + b",\n".join([first, *hand(calls).splitlines()]) + b"]}"
+    assert told(list(read_trace(saved(tmp_path, data), strict=True)))[1:] == told(calls)
+
+
+def test_blank_lines_are_skipped_many_at_once(
+    calls: list[Call], hand: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is behind them is read and named by its line; hardly any of them is looked at."""
+    looked: list[int] = []
+    real = documents._Limited.lines
+
+    def counted(self: Any) -> Any:
+        for found in real(self):
+            looked.append(found[0])
+            yield found
+
+    monkeypatch.setattr(documents._Limited, "lines", counted)
+    good, blank = hand(calls), 20_000_000
+    trace = read_trace(saved(tmp_path, gzip.compress(good + b"\n" * blank + BROKEN + good, 1)))
+    assert len(list(trace)) == 2 * len(calls)
+    assert [p.where for p in trace.problems] == [f"trace.json:{len(calls) + blank + 1}"]
+    assert len(looked) < blank // 10
+
+
 def test_a_document_is_never_held(calls: list[Call], chat: Chat, tmp_path: Path) -> None:
     """One JSON document on one line, 60 MB: memory is that of what is held for a session, not of the file."""
     span = json.dumps({"trace_id": "t", "span_id": "s", "attributes": {"tool.output": "x" * 100_000}})
@@ -291,7 +351,7 @@ def test_a_document_is_never_held(calls: list[Call], chat: Chat, tmp_path: Path)
     path = saved(tmp_path, (data + f", {call}]}}").encode())
     tracemalloc.start()
     assert len(list(read_trace(path, strict=True))) == 1
-    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    assert tracemalloc.get_traced_memory()[1] < 40 << 20
     tracemalloc.stop()
 
 

@@ -431,6 +431,13 @@ def test_a_folder_with_what_cannot_be_read(calls: list[Call], hand: Write, tmp_p
     assert trace.skipped == len(trace.problems) == 2
 
 
+def test_a_folder_of_other_names(tmp_path: Path) -> None:
+    saved(tmp_path, b"{}", "trace.log")
+    saved(tmp_path, b"{}", "notes.txt")
+    with pytest.raises(InputError, match=r"2 files, none named \.json, \.jsonl, \.ndjson \(or \.gz\)"):
+        list(read_trace(tmp_path))
+
+
 def test_what_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[Call], hand: Write) -> None:
     """Permissions do not bind everybody who runs tests, so the refusal is the file's own."""
     saved(tmp_path, hand(calls), "good.jsonl")

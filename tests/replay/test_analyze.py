@@ -214,7 +214,7 @@ def test_text_that_is_no_utf8_is_printed_and_written(name: str, hand: Write, cal
     """In a process of its own, whose output is encoded."""
     path = saved(tmp_path, hand(calls) + b'{"\\ud800": 1}\nbroken\n', name)
     for form in ("terminal", "json"):
-        command = [sys.executable, "-m", "kvcomm", "analyze", path, "--format", form, "--output", tmp_path / "new"]
+        command = [sys.executable, "-m", "kvcomm", "analyze", str(path), "--format", form, "--output", str(tmp_path / "new")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert (done.returncode, done.stderr) == (0, "")
         assert f"{name.encode(errors='replace').decode()}:13: no known format: an object with ?" in done.stdout

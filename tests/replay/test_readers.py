@@ -177,6 +177,27 @@ def test_shapes_of_a_message(shape: object, expected: str, tmp_path: Path) -> No
     assert (call.messages[0].content, call.output) == (expected, "out")
 
 
+def test_log_records(tmp_path: Path) -> None:
+    """A call that is logged as one event has its names from its span; events of single messages are named and left out."""
+
+    def logs(name: str, **attributes: str) -> dict[str, Any]:
+        said = [{"key": k, "value": {"stringValue": v}} for k, v in attributes.items()]
+        record = {"traceId": "t", "spanId": "s", "eventName": name, "timeUnixNano": "1700000000000000000", "attributes": said}
+        return {"resourceLogs": [{"scopeLogs": [{"logRecords": [record]}]}]}
+
+    prompt = {"gen_ai.input.messages": json.dumps([{"role": "user", "content": "hi"}])}
+    span = {"traceId": "t", "spanId": "s", "attributes": {"gen_ai.agent.name": "critic", "gen_ai.conversation.id": "talk"}}
+    rows = [
+        span,
+        logs("gen_ai.client.inference.operation.details", **prompt),
+        logs("gen_ai.user.message", content="hi"),
+        logs("other"),
+    ]
+    read, trace = read_with_problems(saved(tmp_path, "\n".join(map(json.dumps, rows)).encode()))
+    assert [(c.session, c.agent, c.messages, c.started) for c in read] == [("talk", "critic", (Message("user", "hi"),), 1.7e9)]
+    assert [str(p).partition(": of")[0] for p in trace.problems] == ["trace.json:3: a log record of gen_ai.user.message"]
+
+
 def test_nested_runs_and_other_kinds(tmp_path: Path) -> None:
     llm = {
         "id": "i",

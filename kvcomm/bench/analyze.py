@@ -1,8 +1,8 @@
 """`kvcomm bench analyze`: how many prompt tokens a second `kvcomm analyze` reads, counts and compares, and in how much memory.
 
-Two traces are made up, the second ten times as long: four agents of a session read everything that was said in it, sessions are
-interleaved by four, one JSON object a line. Each trace is analyzed in a process of its own; time includes its start, reading
-and tokenising, and memory is the most that the process ever had.
+Two traces are made up, the second ten times as long: four agents of a session read everything that was said in it, every call
+brings the definitions of its tools, sessions are interleaved by four, one JSON object a line. Each trace is analyzed in a
+process of its own; time includes its start, reading and tokenising, and memory is the most that the process ever had.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from kvcomm.report import document, dumps, write_json
 __all__ = ["add_arguments", "measure", "run", "trace"]
 
 AGENTS, TURNS, TOGETHER = 4, 16, 4
+PLACES = {f"p{i}": {"type": "string"} for i in range(6)}
+TOOLS = [{"type": "function", "function": {"name": f"tool_{i}", "parameters": {"properties": PLACES}}} for i in range(10)]
 CHILD = """
 import json, resource, sys, time
 began, busy = time.perf_counter(), time.process_time()
@@ -70,7 +72,7 @@ def _chat(session: str, vocabulary: list[str], words: int, rng: random.Random) -
             for who, t in said
         ]
         messages = [{"role": "system", "content": roles[me]}, *heard]
-        yield {"session_id": session, "agent": f"agent-{me}", "messages": messages, "output": output}
+        yield {"session_id": session, "agent": f"agent-{me}", "messages": messages, "tools": TOOLS, "output": output}
         said.append((me, output))
 
 

@@ -165,7 +165,7 @@ def _replay(
     names = [policy.name for policy in policies]
     return rows, document(
         "kvcomm.replay/1",
-        trace=args.trace.name,
+        trace=trace.name,
         **facts,
         context_tokens=player.limit,
         resumed_calls=resumed,

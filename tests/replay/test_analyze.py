@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from kvcomm import cli
 from kvcomm.errors import InputError
 from kvcomm.replay.analysis.command import KEYS, analyze
 from kvcomm.replay.analysis.page import CLASSES, page, terminal
+from kvcomm.replay.analysis.totals import Totals
 from kvcomm.replay.calls import Call, Message
 from kvcomm.tiny import FOLDER
 
@@ -205,6 +207,54 @@ def test_a_hostile_file_ends_in_one_line(name: str, tmp_path: Path, capsys: pyte
     assert err.startswith("kvcomm: InputError: ")
     assert (err.count("\n"), "trace.jsonl" in err) == (1, True)
     assert len(err) < 500
+
+
+@pytest.mark.parametrize("name", ["trace.jsonl", os.fsdecode(b"\xff\xfe.jsonl")], ids=["a key", "a file's name"])
+def test_text_that_is_no_utf8_is_printed_and_written(name: str, hand: Write, calls: list[Call], tmp_path: Path) -> None:
+    """In a process of its own, whose output is encoded."""
+    path = saved(tmp_path, hand(calls) + b'{"\\ud800": 1}\nbroken\n', name)
+    for form in ("terminal", "json"):
+        command = [sys.executable, "-m", "kvcomm", "analyze", str(path), "--format", form, "--output", str(tmp_path / "new")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"{name.encode(errors='replace').decode()}:13: no known format: an object with ?" in done.stdout
+
+
+def test_no_verdict_where_sessions_were_forgotten() -> None:
+    """A hundred sessions that take turns; one after the other there is a verdict, and sharing is worth it."""
+    words = " ".join(f"word{i}" for i in range(50))
+    calls = [Call(f"s{i}", a, (Message("user", f"{a} {i} {words}"),), "ok") for a in "abc" for i in range(100)]
+    turns, sorted_ = Totals(), Totals()
+    for call in calls:
+        turns.add(call)
+    for call in sorted(calls, key=lambda c: c.session):
+        sorted_.add(call)
+    assert turns.verdict().startswith("Cannot be told: at 200 of 300 calls the session had been forgotten")
+    assert "--session" in turns.verdict()
+    assert sorted_.verdict().startswith("Worth it: ")
+    assert "Cannot" not in Totals().verdict()
+
+
+def test_names_cannot_command_a_terminal(hand: Write, tmp_path: Path) -> None:
+    text = "a line of twenty words " * 20
+    calls = [
+        Call("s", name, (Message("user", f"{i} {text}"),), "x")
+        for i, name in enumerate(["\x1b[31mred\x07", "b\u202ea\n\x9b2J"])
+    ]
+    out = terminal(analyze(saved(tmp_path, hand(calls), "\x1b]0;title.jsonl")))
+    assert all(line.isprintable() for line in out.split("\n"))
+    assert r"\x1b[31mred\x07" in out
+
+
+@pytest.mark.parametrize("inside", ["", "folder"])
+def test_an_output_that_is_a_file(
+    inside: str, hand: Write, calls: list[Call], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved(tmp_path, hand(calls))
+    assert cli.main(["analyze", str(path), "--output", str(path / inside)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"{path} is a file; it must be a folder" in err
 
 
 def test_a_hundred_thousand_messages_of_one_word(hand: Write, tmp_path: Path) -> None:

@@ -177,6 +177,27 @@ def test_shapes_of_a_message(shape: object, expected: str, tmp_path: Path) -> No
     assert (call.messages[0].content, call.output) == (expected, "out")
 
 
+def test_log_records(tmp_path: Path) -> None:
+    """A call that is logged as one event has its names from its span; events of single messages are named and left out."""
+
+    def logs(name: str, **attributes: str) -> dict[str, Any]:
+        said = [{"key": k, "value": {"stringValue": v}} for k, v in attributes.items()]
+        record = {"traceId": "t", "spanId": "s", "eventName": name, "timeUnixNano": "1700000000000000000", "attributes": said}
+        return {"resourceLogs": [{"scopeLogs": [{"logRecords": [record]}]}]}
+
+    prompt = {"gen_ai.input.messages": json.dumps([{"role": "user", "content": "hi"}])}
+    span = {"traceId": "t", "spanId": "s", "attributes": {"gen_ai.agent.name": "critic", "gen_ai.conversation.id": "talk"}}
+    rows = [
+        span,
+        logs("gen_ai.client.inference.operation.details", **prompt),
+        logs("gen_ai.user.message", content="hi"),
+        logs("other"),
+    ]
+    read, trace = read_with_problems(saved(tmp_path, "\n".join(map(json.dumps, rows)).encode()))
+    assert [(c.session, c.agent, c.messages, c.started) for c in read] == [("talk", "critic", (Message("user", "hi"),), 1.7e9)]
+    assert [str(p).partition(": of")[0] for p in trace.problems] == ["trace.json:3: a log record of gen_ai.user.message"]
+
+
 def test_nested_runs_and_other_kinds(tmp_path: Path) -> None:
     llm = {
         "id": "i",
@@ -283,6 +304,66 @@ def test_one_line_of_50_mb(calls: list[Call], hand: Write, tmp_path: Path) -> No
         list(read_trace(saved(tmp_path, line)))
 
 
+BROKEN = b'{"broken": \n'
+MANY = " ".join(["word"] * 260_000)  # 1.3 MB
+LINES: dict[str, dict[str, Any]] = {
+    "a call": {"session_id": "s", "agent": "a", "messages": [{"role": "user", "content": MANY}]},
+    "a wrapper": {"data": [{"session_id": "s", "agent": "a", "messages": [{"role": "user", "content": MANY}]}]},
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_a_first_line_longer_than_is_looked_at(kind: str, calls: list[Call], hand: Write, tmp_path: Path) -> None:
+    """Lines stay lines: a broken one behind it takes nothing with it."""
+    line = json.dumps(LINES[kind]).encode() + b"\n"
+    data = line + BROKEN + hand(calls)
+    for packed in (data, gzip.compress(data)):
+        read, trace = read_with_problems(saved(tmp_path, packed))
+        assert told(read) == [("s", "a", (Message("user", MANY),)), *told(calls)]
+        assert [p.where for p in trace.problems] == ["trace.json:2"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [(b'{"messages": "' + b"word " * 10_000_000, "longer than 16 MiB"), (b'{"messages": ' + b"9" * 2_000_000, "not JSON")],
+)
+def test_a_first_line_that_cannot_be_used(line: bytes, said: str, calls: list[Call], hand: Write, tmp_path: Path) -> None:
+    path = saved(tmp_path, line + b"\n" + hand(calls))
+    tracemalloc.start()
+    trace = read_trace(path)
+    assert told(list(trace)) == told(calls)
+    assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    tracemalloc.stop()
+    assert [p.where for p in trace.problems] == ["trace.json:1"]
+    assert said in trace.problems[0].reason
+
+
+def test_a_document_that_begins_with_a_very_long_line(calls: list[Call], hand: Write, tmp_path: Path) -> None:
+    first = json.dumps(LINES["a call"]).encode()
+    data = b'{"data": [' + b",\n".join([first, *hand(calls).splitlines()]) + b"]}"
+    assert told(list(read_trace(saved(tmp_path, data), strict=True)))[1:] == told(calls)
+
+
+def test_blank_lines_are_skipped_many_at_once(
+    calls: list[Call], hand: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is behind them is read and named by its line; hardly any of them is looked at."""
+    looked: list[int] = []
+    real = documents._Limited.lines
+
+    def counted(self: Any) -> Any:
+        for found in real(self):
+            looked.append(found[0])
+            yield found
+
+    monkeypatch.setattr(documents._Limited, "lines", counted)
+    good, blank = hand(calls), 20_000_000
+    trace = read_trace(saved(tmp_path, gzip.compress(good + b"\n" * blank + BROKEN + good, 1)))
+    assert len(list(trace)) == 2 * len(calls)
+    assert [p.where for p in trace.problems] == [f"trace.json:{len(calls) + blank + 1}"]
+    assert len(looked) < blank // 10
+
+
 def test_a_document_is_never_held(calls: list[Call], chat: Chat, tmp_path: Path) -> None:
     """One JSON document on one line, 60 MB: memory is that of what is held for a session, not of the file."""
     span = json.dumps({"trace_id": "t", "span_id": "s", "attributes": {"tool.output": "x" * 100_000}})
@@ -291,8 +372,31 @@ def test_a_document_is_never_held(calls: list[Call], chat: Chat, tmp_path: Path)
     path = saved(tmp_path, (data + f", {call}]}}").encode())
     tracemalloc.start()
     assert len(list(read_trace(path, strict=True))) == 1
-    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    assert tracemalloc.get_traced_memory()[1] < 40 << 20
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("where", ["tools", "gen_ai.tool.definitions"])
+def test_definitions_of_tools_are_not_held(where: str, tmp_path: Path) -> None:
+    """A session of short messages whose calls each bring 10 kB of them."""
+    tools = [{"name": f"tool_{i}", "parameters": {f"p{j}": {"type": "string"} for j in range(6)}} for i in range(60)]
+    row: dict[str, Any] = {"session_id": "s", "agent": "a", "messages": [{"role": "user", "content": "hi"}], where: tools}
+    if where != "tools":
+        said = {"gen_ai.input.messages": json.dumps(row["messages"]), where: json.dumps(tools)}
+        row = {"trace_id": "t", "span_id": "s", "attributes": said}
+    path = saved(tmp_path, (json.dumps(row) + "\n").encode() * 600)
+    tracemalloc.start()
+    assert len(list(read_trace(path, strict=True))) == 600
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("number", ["--5", "\u00b2", "-", "5-", "9" * 5000])
+def test_a_whole_number_that_is_none(number: str, tmp_path: Path) -> None:
+    said = {"gen_ai.input.messages": {"stringValue": "hi"}, "gen_ai.usage.input_tokens": {"intValue": number}}
+    span = {"traceId": "t", "spanId": "s", "attributes": [{"key": k, "value": v} for k, v in said.items()]}
+    (call,) = read_trace(saved(tmp_path, json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}).encode()))
+    assert call.messages == (Message("user", "hi"),)
 
 
 @pytest.mark.parametrize("data", [b"", b" \n\n ", b"[]", b"{}", b'{"spans": []}', gzip.compress(b"")], ids=repr)
@@ -346,6 +450,13 @@ def test_a_folder_with_what_cannot_be_read(calls: list[Call], hand: Write, tmp_p
     read, trace = read_with_problems(tmp_path)
     assert told(read) == told(calls)
     assert trace.skipped == len(trace.problems) == 2
+
+
+def test_a_folder_of_other_names(tmp_path: Path) -> None:
+    saved(tmp_path, b"{}", "trace.log")
+    saved(tmp_path, b"{}", "notes.txt")
+    with pytest.raises(InputError, match=r"2 files, none named \.json, \.jsonl, \.ndjson \(or \.gz\)"):
+        list(read_trace(tmp_path))
 
 
 def test_what_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[Call], hand: Write) -> None:

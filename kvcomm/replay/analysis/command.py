@@ -73,7 +73,7 @@ def _document(trace: Trace, totals: Totals) -> dict[str, Any]:
     agents = sorted(totals.agents.items(), key=lambda item: -item[1].tokens)
     return document(
         "kvcomm.analyze/1",
-        trace=trace.path.name,
+        trace=trace.name,
         formats=dict(trace.formats),
         tokenizer=totals.tokens.name,
         tokens_are_estimated=totals.tokens.estimated,
@@ -137,6 +137,12 @@ def _buckets(totals: Totals) -> list[dict[str, int]]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if (
+        args.output
+        and (taken := next((p for p in (args.output, *args.output.parents) if p.exists()), None))
+        and not taken.is_dir()
+    ):
+        raise InputError(f"--output is {args.output}, and {taken} is a file; it must be a folder")
     doc = analyze(
         args.trace,
         tokenizer=args.tokenizer,

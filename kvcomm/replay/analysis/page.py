@@ -60,7 +60,12 @@ def terminal(doc: dict[str, Any]) -> str:
     if runs["count"]:
         lines += ["", f"  {runs['count']:,} runs: median {runs['median_tokens']:,} tokens, 95 % up to {runs['p95_tokens']:,}"]
     lines += ["", *(f"  note: {note}" for note in notes(doc))]
-    return "\n".join([*lines, "", doc["verdict"]])
+    return "\n".join(_printable(line) for line in [*lines, "", doc["verdict"]])
+
+
+def _printable(line: str) -> str:
+    """Names may hold anything, also what a terminal obeys."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def headline(doc: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ OPEN = 64  # sessions; they come one after the other, unless many that are large
 KNOWN_BYTES = 256 << 20  # of their tables
 DROPPED = 1 << 16  # names of dropped sessions that are remembered
 NAMES = 1000  # agents that are told apart in the result
+FORGOTTEN = 0.05  # share of calls that began a dropped session anew from which there is no verdict
 OTHERS = "(others)"
 
 
@@ -108,7 +109,12 @@ class Totals:
         return self.all.cross / rest if rest else None
 
     def verdict(self) -> str:
-        """One sentence, whichever way it goes."""
+        """One sentence, whichever way it goes, unless too much was forgotten to tell."""
+        if self.forgotten and self.forgotten >= FORGOTTEN * self.all.calls:
+            return (
+                f"Cannot be told: at {self.forgotten:,} of {self.all.calls:,} calls the session had been forgotten, so what "
+                "is shared counts as new. Sort the trace by session, or analyze some of its sessions with --session."
+            )
         prefix, cross = (f"{100 * self.share(n):.0f} %" for n in (self.all.prefix, self.all.cross))
         per_call = f"{self.all.cross / max(1, self.all.calls):,.0f} tokens per call"
         rest = f"{100 * (self.addressable or 0.0):.0f} % of what a prefix cache still has to prefill"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvcomm.errors import InputError
 from kvcomm.replay.calls import Call
-from kvcomm.replay.readers.base import Around, BadRecord, Format, NoText, Problem, Record
+from kvcomm.replay.readers.base import Around, BadRecord, Format, NoText, Problem, Record, clean
 from kvcomm.replay.readers.documents import records
 from kvcomm.replay.readers.jsonl import Jsonl
 from kvcomm.replay.readers.langsmith import LangSmith
@@ -37,7 +37,13 @@ class Trace:
         self.formats: Counter[str] = Counter()  # calls by format
         self.records = 0
         self.unknown = 0  # of no known format
+        self._passed = 0  # files of the folder that are not read
         self._calls = in_sessions(self._found())
+
+    @property
+    def name(self) -> str:
+        """Of the file or folder, as text."""
+        return clean(self.path.name)
 
     def __iter__(self) -> Iterator[Call]:
         return self._calls
@@ -54,7 +60,8 @@ class Trace:
             yield from self._file(path)
         if not self.formats.total():
             if not self.records + self.skipped:
-                raise InputError(f"{self.path}: there is nothing in it")
+                others = f"{self._passed} files, none named {', '.join(ENDINGS[:3])} (or .gz)"
+                raise InputError(f"{self.path}: {others if self._passed else 'there is nothing in it'}")
             if not self.problems:
                 raise InputError(
                     f"{self.path}: {self.records} records, and none of them is a call of a model with its messages"
@@ -109,8 +116,12 @@ class Trace:
             inner[:] = sorted(name for name in inner if not name.startswith("."))
             for name in sorted(names):
                 path = Path(folder, name)
-                if not name.startswith(".") and name.lower().endswith(ENDINGS) and path.is_file():
+                if name.startswith(".") or not path.is_file():
+                    continue
+                if name.lower().endswith(ENDINGS):
                     yield path
+                else:
+                    self._passed += 1
 
     def _unreadable(self, error: OSError) -> None:
         self._report(Problem(str(error.filename), f"cannot be read: {error.strerror}"))

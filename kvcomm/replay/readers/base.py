@@ -23,9 +23,20 @@ from typing import Any, Protocol
 from kvcomm.errors import InputError
 from kvcomm.replay.calls import Call
 
-__all__ = ["Around", "BadRecord", "Format", "NoText", "Problem", "Record"]
+__all__ = ["Around", "BadRecord", "Format", "NoText", "Problem", "Record", "clean"]
 
 Record = Mapping[str, Any]
+
+
+def clean(value: str) -> str:
+    """Half a surrogate pair, which JSON allows and UTF-8 does not, becomes a question mark."""
+    if value.isascii():
+        return value
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return value.encode("utf-8", "replace").decode()
+    return value
 
 
 class BadRecord(Exception):
@@ -42,6 +53,10 @@ class Problem:
 
     where: str  # file:line, or file and the record's number
     reason: str
+
+    def __post_init__(self) -> None:
+        for name in ("where", "reason"):  # they quote file names and keys
+            object.__setattr__(self, name, clean(getattr(self, name)))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"

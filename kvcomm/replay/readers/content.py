@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kvcomm.replay.calls import Message
-from kvcomm.replay.readers.base import BadRecord
+from kvcomm.replay.readers.base import BadRecord, clean
 
 __all__ = ["decoded", "message", "messages", "name_in", "seconds", "text"]
 
@@ -83,17 +83,6 @@ def seconds(value: Any, unit: float = 1.0) -> float | None:
         return None
     number = float(value) * unit if abs(value) < 1e300 else 0.0
     return number if 0 < number < 1e300 or number == 0 == value else None
-
-
-def clean(value: str) -> str:
-    """Half a surrogate pair, which JSON allows and UTF-8 does not, becomes a question mark."""
-    if value.isascii():
-        return value
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return value.encode("utf-8", "replace").decode()
-    return value
 
 
 def _part(part: Any) -> str:

@@ -11,11 +11,11 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 
-from kvcomm.replay.readers.base import Problem, Record
+from kvcomm.replay.readers.base import Problem, Record, clean
 
 __all__ = ["MAX_DEPTH", "MAX_RECORD", "records"]
 
@@ -23,8 +23,10 @@ MAX_RECORD = 16 << 20  # bytes of one record: four million tokens, more than any
 MAX_DEPTH = 200  # brackets in brackets
 HEAD = 1 << 20  # bytes that are looked at to tell lines from a document
 OTLP = ("resourceSpans", "resource_spans", "scopeSpans", "scope_spans", "instrumentationLibrarySpans")
-WRAPPERS = (*OTLP, "spans", "traces", "runs", "child_runs", "data")
+LOGS = ("resourceLogs", "resource_logs", "scopeLogs", "scope_logs", "logRecords", "log_records")
+WRAPPERS = (*OTLP, *LOGS, "spans", "traces", "runs", "child_runs", "data")
 OWN = ("attributes", "messages", "run_type")  # an object with one of these is a record, even where it holds others
+BOM = b"\xef\xbb\xbf"  # that some editors begin a file with
 UNPACKING = (EOFError, gzip.BadGzipFile, zlib.error)
 Report = Callable[[Problem], None]
 
@@ -35,8 +37,8 @@ def records(path: Path, report: Report) -> Iterator[tuple[Record, str]]:
         zipped = raw.peek(2)[:2] == b"\x1f\x8b"
         file = _Limited(gzip.GzipFile(fileobj=raw) if zipped else raw)
         try:
-            found = _lines if _is_lines(file.peek(HEAD)) else _document
-            yield from found(file, path.name, report)
+            found = _lines if _is_lines(*file.peek()) else _document
+            yield from found(file, clean(path.name), report)
         except UNPACKING as e:
             report(Problem(path.name, f"the rest cannot be unpacked: {e}"))
 
@@ -45,19 +47,23 @@ class _Limited:
     """A file that is read forwards; what was read since `begin` is bounded when a parser asks for more."""
 
     def __init__(self, file: BufferedReader | gzip.GzipFile) -> None:
-        self._file, self._head, self._taken = file, b"", 0
+        self._file, self._head, self._at, self._taken = file, b"", 0, 0
         self._broken: Exception | None = None
 
-    def peek(self, size: int) -> bytes:
-        parts = []
+    def peek(self) -> tuple[bytes, bool]:
+        """The beginning, and whether it is all there is: HEAD bytes, and as many again while an object's line has no end."""
+        parts: list[bytes] = []
+        missing = HEAD
         try:
-            while size > 0 and (part := self._file.read1(size)):
+            while missing > 0 and (part := self._file.read1(missing)):
                 parts.append(part)
-                size -= len(part)
+                missing -= len(part)
+                if not missing and _one_line(parts) and sum(map(len, parts)) < MAX_RECORD:
+                    missing = HEAD
         except UNPACKING as e:
             self._broken = e  # what is there is read first
-        self._head = b"".join(parts).removeprefix(b"\xef\xbb\xbf")
-        return self._head
+        self._head = b"".join(parts).removeprefix(BOM)
+        return self._head, missing > 0
 
     def begin(self) -> None:
         self._taken = 0
@@ -69,40 +75,78 @@ class _Limited:
         self._taken += size
         if self._taken > MAX_RECORD + 2 * HEAD:
             raise _TooLarge
-        head, self._head = self._head[:size], self._head[size:]
-        return head or self._rest().read(size)
+        if self._at < len(self._head):
+            self._at += size
+            return self._head[self._at - size : self._at]
+        self._head, self._at = b"", 0
+        return self._rest().read(size)
 
     def _rest(self) -> BufferedReader | gzip.GzipFile:
         if self._broken:
             raise self._broken
         return self._file
 
-    def lines(self) -> Iterator[tuple[bytes, bool]]:
-        """Every line and whether it is whole; of one longer than MAX_RECORD there is only the beginning."""
-        head = self._head.split(b"\n")
-        for line in head[:-1]:
-            yield line, True
-        line = head[-1] + self._rest().readline(MAX_RECORD)
+    def lines(self) -> Iterator[tuple[int, bytes, bool]]:
+        """Every line with its number, and whether it is whole; of one longer than MAX_RECORD there is only the beginning.
+
+        Blank lines may be left out.
+        """
+        *head, line = self._head.split(b"\n")
+        self._head = b""
+        yield from ((number, text, True) for number, text in enumerate(head, 1))
+        number = len(head)
+        line += self._rest().readline(max(0, MAX_RECORD - len(line)))
         while line:
+            number += 1
             whole = line.endswith(b"\n") or len(line) < MAX_RECORD
-            yield line, whole
+            yield number, line, whole
             while not whole:
                 rest = self._file.readline(HEAD)
                 whole = rest.endswith(b"\n") or not rest
             line = self._file.readline(MAX_RECORD)
+            while line == b"\n" and (blank := self._file.peek(HEAD)[:HEAD]).startswith(b"\n"):  # many at once
+                count = len(blank) - len(blank.lstrip(b"\n"))
+                number += count
+                self._file.read(count)
 
 
 class _TooLarge(Exception):
     pass
 
 
-def _is_lines(head: bytes) -> bool:
-    """One JSON object a line, and not a document over several or one very long line: is there a line that is one by itself?"""
-    whole = head.split(b"\n")[: None if len(head) < HEAD else -1]
-    starts = [line for line in whole if line.startswith(b"{")]
-    if not starts:
-        return head.lstrip()[:1] not in (b"[", b"{")
-    return any(isinstance(_parsed(line), dict) for line in starts)
+def _one_line(parts: list[bytes]) -> bool:
+    """Do these begin an object whose line goes on?"""
+    return parts[0].removeprefix(BOM).startswith(b"{") and not any(b"\n" in part for part in parts)
+
+
+def _is_lines(head: bytes, complete: bool) -> bool:
+    """One JSON object a line, and not a document over several or one very long line: is there a line that is one by itself?
+
+    A first line that is broken, or too long to tell, is one of many unless it begins as documents do.
+    """
+    whole = head.split(b"\n")[: None if complete else -1]
+    if any(isinstance(_parsed(line), dict) for line in whole if line.startswith(b"{")):
+        return True
+    if head.startswith(b"{") and head.find(b"\n", 0, HEAD) < 0 and len(head) >= HEAD:
+        return not _wraps(head[:HEAD])
+    return not any(line.startswith(b"{") for line in whole) and head.lstrip()[:1] not in (b"[", b"{")
+
+
+def _wraps(head: bytes) -> bool:
+    """Is the object that begins here a wrapper, by the first of its keys that tells?"""
+    import ijson
+
+    depth = 0
+    try:
+        for event, value in ijson.basic_parse(BytesIO(head)):
+            depth += (event in ("start_map", "start_array")) - (event in ("end_map", "end_array"))
+            if depth > MAX_DEPTH or (depth == 1 and event == "map_key" and value in OWN):
+                return False
+            if depth == 1 and event == "map_key" and value in WRAPPERS:
+                return True
+    except (ijson.JSONError, UnicodeDecodeError, ValueError):
+        pass  # the head ends in the middle
+    return False
 
 
 def _parsed(line: bytes) -> Any:
@@ -120,7 +164,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _lines(file: _Limited, name: str, report: Report) -> Iterator[tuple[Record, str]]:
-    for number, (line, whole) in enumerate(file.lines(), 1):
+    for number, line, whole in file.lines():
         where = f"{name}:{number}"
         if not line.strip():
             continue

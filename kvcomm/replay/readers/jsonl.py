@@ -41,7 +41,7 @@ class Jsonl:
             self._turns[session] = (*prompt, Message("assistant", said)) if answered else prompt
             if len(self._turns) > TURNS:
                 self._turns.popitem(last=False)
-        agent = name_in(record, "agent", "agent_name")
+        agent, length = name_in(record, "agent", "agent_name"), record.get("output_length")
         if not agent and "#" in session:
             session, agent = session.rsplit("#", 1)
         return [
@@ -54,7 +54,7 @@ class Jsonl:
                 id=name_in(record, "id", "call_id", "call_index"),
                 started=seconds(record.get("timestamp"), 1e-3),
                 where=where,
-                extra={k: record[k] for k in ("model", "tools", "output_length") if k in record},
+                extra={"model": name_in(record, "model"), **({"output_length": length} if isinstance(length, int) else {})},
             )
         ]
 

@@ -7,6 +7,7 @@ agents, tools and workflows are no calls, but name the agent and conversation of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,18 @@ __all__ = ["OTel", "Span", "plain"]
 IN = ("gen_ai.input.messages", "gen_ai.prompt", "gen_ai.request.messages", "gen_ai.input.text")
 OUT = ("gen_ai.output.messages", "gen_ai.output.text", "gen_ai.completion", "gen_ai.response.text")
 OLD = ("system", "user", "assistant", "tool")  # gen_ai.<role>.message
+DETAILS = "gen_ai.client.inference.operation.details"  # the event that has a whole call, of a span or as a log record
+LOGGED = (
+    "body",
+    "eventName",
+    "event_name",
+    "timeUnixNano",
+    "time_unix_nano",
+    "observedTimeUnixNano",
+    "observed_time_unix_nano",
+)
 CALL = ("chat", "text_completion", "generate_content")
+WHOLE = re.compile(r"-?[0-9]{1,19}")
 NO_CALL = ("embeddings", "execute_tool", "create_agent", "invoke_agent", "invoke_workflow", "retrieval")
 
 
@@ -32,7 +44,7 @@ class Span:
         self.trace = name_in(where, "trace_id", "traceId")
         self.id = name_in(where, "span_id", "spanId")
         self.parent = name_in(record, "parent_span_id", "parentSpanId", "parent_id", "parentId") or None
-        self.started = _when(record, "start_time", "startTime", "startTimeUnixNano", "start_time_unix_nano")
+        self.started = _when(record, "start_time", "startTime", "startTimeUnixNano", "start_time_unix_nano", "timeUnixNano")
         self.ended = _when(record, "end_time", "endTime", "endTimeUnixNano", "end_time_unix_nano")
         self.attributes = plain(record.get("attributes"))
         events = record.get("events")
@@ -64,11 +76,7 @@ class Span:
             started=self.started,
             ended=self.ended,
             where=where,
-            extra={
-                "trace": self.trace,
-                "model": name_in(self.attributes, "gen_ai.request.model", "llm.model_name"),
-                "tools": decoded(self.attributes.get("gen_ai.tool.definitions")),
-            },
+            extra={"trace": self.trace, "model": name_in(self.attributes, "gen_ai.request.model", "llm.model_name")},
         )
 
 
@@ -83,8 +91,14 @@ class OTel:
     def read(self, record: Record, where: str) -> Sequence[Call | Around]:
         span = Span(record)
         said = dict(span.attributes)
+        logged = any(k in record for k in LOGGED)
+        if logged:
+            named = name_in(record, "eventName", "event_name") or name_in(said, "event.name")
+            if named.startswith("gen_ai.") and named != DETAILS:
+                raise BadRecord(f"a log record of {named}: of log records only {DETAILS} is read")
+            span.parent = span.id  # that it was logged in, and whose names are its own
         for event in span.events:
-            if event.get("name") == "gen_ai.client.inference.operation.details":
+            if event.get("name") == DETAILS:
                 said.update(plain(event.get("attributes")))
         prompt = next((messages(said[k], k) for k in IN if said.get(k) is not None), ())
         answer = next((_answer(said[k], k) for k in OUT if said.get(k) is not None), None)
@@ -95,12 +109,12 @@ class OTel:
             why = said.get("kvcomm.record.problem", "most instrumentations record them only when told to")
             raise BadRecord(f"a call ({operation}) without its messages: {why}")
         if operation in NO_CALL or not prompt:
-            return span.around()
+            return [] if logged else span.around()
         told = said.get("gen_ai.system_instructions")
         if told is not None:
             body = decoded(told)
             prompt = (Message("system", text(body)), *prompt)
-        return [span.call(prompt, answer, where), *span.around()]
+        return [span.call(prompt, answer, where), *([] if logged else span.around())]
 
 
 def plain(attributes: Any) -> dict[str, Any]:
@@ -121,7 +135,7 @@ def _value(value: Any) -> Any:
     if kind in ("stringValue", "string_value", "boolValue", "bool_value", "doubleValue", "double_value"):
         return inner
     if kind in ("intValue", "int_value"):
-        return int(inner) if isinstance(inner, str) and inner.lstrip("-").isdigit() and len(inner) < 20 else inner
+        return int(inner) if isinstance(inner, str) and WHOLE.fullmatch(inner) else inner
     if kind in ("arrayValue", "array_value") and isinstance(inner, Mapping) and isinstance(inner.get("values"), list):
         return [_value(v) for v in inner["values"]]
     if kind in ("kvlistValue", "kvlist_value") and isinstance(inner, Mapping):

@@ -84,7 +84,7 @@ def test_vllm_has_no_anchors(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     trace = tmp_path / "trace.jsonl"
     trace.write_text(json.dumps({"session_id": "a", "messages": [{"role": "user", "content": "hi"}], "output": "yes"}) + "\n")
     assert main(["replay", str(trace), "--backend", "vllm", "--policies", "anchor", "-q"]) == 2
-    assert "policy 'anchor' is not to be had here; use dense, prefix, rotate, boundary, auto" in capsys.readouterr().err
+    assert "policy 'anchor' needs --backend hf: on vLLM, anchors are a setting of the whole engine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("traces", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -209,7 +210,8 @@ def test_anchors_in_processes_of_their_own(
         said = [o.kv_transfer_params["kvcomm"]["fallback"] for o in engine.ask(*documents, new=1, prefill=True)]
         assert said == ["prefill" if ranks == 1 else "prefill: anchors are off, 2 ranks would choose different tokens"] * 8
         fallbacks: list[str | None] = []
-        while not fallbacks or (fallbacks[-1] is not None and len(fallbacks) < 30):
+        while not fallbacks or (fallbacks[-1] is not None and len(fallbacks) < 100):
+            sleep(0.5)  # lessons are learned beside the engine's steps: one that is kept busy learns late
             (output,) = engine.ask([*text(40), *(token for ids in documents for token in ids), *text(30)], agent="critic")
             of_us = output.kv_transfer_params["kvcomm"]
             fallbacks.append(of_us["fallback"])

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from kvcomm.errors import InputError
 from kvcomm.segments import Ids, Segment
 
-__all__ = ["WINDOW", "Match", "TextIndex"]
+__all__ = ["WINDOW", "Found", "Index", "Match", "TextIndex"]
 
 WINDOW = 8  # tokens hashed together, and the stride at which a segment's windows are indexed
 NEAR = 128  # tokens in front of a run that decide which of several contexts is the nearest
@@ -52,6 +52,42 @@ class Match:
     @property
     def tokens(self) -> int:
         return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an index says of one prompt."""
+
+    matches: list[Match]
+    declined: dict[str, int] = field(default_factory=dict)  # why known text is left out -> its tokens
+    waited_ms: float | None = None  # for others who were computing the same text; None: nobody was
+    flight: int | None = None  # names this prompt to those who wait for what it computes
+
+
+class Index(Protocol):
+    """Where known text is found. A store that many processes share brings its own, which knows what all of them keep."""
+
+    def look(
+        self,
+        ids: Ids,
+        *,
+        fingerprint: str,
+        tenant: str = "",
+        same_tables: Callable[[int], bool] = lambda length: True,
+        ms_per_token: float | None = None,
+    ) -> Found:
+        """As `TextIndex.find`. `ms_per_token`: what computing a token costs the caller; KV that takes longer to get is left out."""
+        ...
+
+    def add(self, segment: Segment) -> tuple[str, ...]:
+        """Know `segment`, which the store keeps; returns the keys that can no longer be found."""
+        ...
+
+    def remove(self, key: str) -> bool:
+        """Forget a segment; False when it was not known."""
+        ...
+
+    def __contains__(self, key: object) -> bool: ...
 
 
 @dataclass(eq=False)
@@ -172,6 +208,18 @@ class TextIndex:
             matches = search.cover()
             self.compared += search.compared
             return matches
+
+    def look(
+        self,
+        ids: Ids,
+        *,
+        fingerprint: str,
+        tenant: str = "",
+        same_tables: Callable[[int], bool] = lambda length: True,
+        ms_per_token: float | None = None,
+    ) -> Found:
+        """As `find`; here nothing takes longer to get than to compute."""
+        return Found(self.find(ids, fingerprint=fingerprint, tenant=tenant, same_tables=same_tables))
 
     def __contains__(self, key: object) -> bool:
         with self._lock:

@@ -55,6 +55,7 @@ class Segment:
     exact: bool = True  # nothing in front of it was reused approximately
     length: int = 1  # tokens of a sequence with the rotary tables that its keys carry; tells apart where they follow the length
     alone: bool = False  # computed ahead of any prompt: whatever a prompt puts in front of it is missing in its KV
+    cost_ms: float | None = None  # what its prefill took where it was computed: what reuse saves; no part of its identity
 
     @cached_property
     def key(self) -> str:

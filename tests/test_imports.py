@@ -52,6 +52,7 @@ CORE = {
     "torch",
     "tqdm",
     "transformers",
+    "xxhash",
     "yaml",
 }
 OPTIONAL = {  # who may name a package that a bare install does not have, and then only inside a function

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -59,6 +59,9 @@ class Store(Protocol):
 
         What is returned stays valid for as long as the caller holds it, whatever is evicted meanwhile.
         """
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, SegmentKV]:
+        """As `get`, of several at once: what is not here is left out. One round trip where the store is elsewhere."""
 
     def remove(self, key: str) -> bool:
         """Forget one object; False when it was not here. Not counted as evicted."""

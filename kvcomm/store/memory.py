@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from threading import Lock
 
@@ -77,6 +78,9 @@ class MemoryStore:
             self._faults[ALTERED] += 1
             self._drop(key)
             return None
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, SegmentKV]:
+        return {key: kv for key in keys if (kv := self.get(key)) is not None}
 
     def remove(self, key: str) -> bool:
         with self._lock:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from kvcomm.segments import Segment, SegmentKV
 from kvcomm.store.base import TOO_LARGE, Kept, StoreStats, check_kv
 
@@ -23,6 +25,9 @@ class NullStore:
     def get(self, key: str) -> SegmentKV | None:
         self._misses += 1
         return None
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, SegmentKV]:
+        return {key: kv for key in keys if (kv := self.get(key)) is not None}
 
     def remove(self, key: str) -> bool:
         return False

@@ -1,0 +1,259 @@
+"""A segment and its KV as bytes: what every tier outside of a process's own tensors keeps. Knows nothing of where it lies.
+
+| prefix 32                                    | header, zeros up to a multiple of 64 | tensors, each at a multiple of 64 |
+| magic 8, header bytes 4, 0 4, all bytes 8, digest 8 |
+
+The digest is of the prefix before it and of the header; the header (msgpack) has one of every block of 1 MiB behind it. So every
+byte is under a checksum (XXH3, 64 bits: against accidents, not against forgers), and so is what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from kvcomm.errors import CacheFault
+from kvcomm.segments import Segment, SegmentKV
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["BLOCK", "DAMAGED", "OTHER_KEY", "OTHER_VERSION", "Draft", "Record", "Unreadable"]
+
+DAMAGED = "damaged"  # truncated, altered, or no record at all
+OTHER_VERSION = "other-version"  # a record, of a format that this version does not read
+OTHER_KEY = "other-key"  # sound, but not the record of this key: other text, context, model or tenant
+
+BLOCK = 1 << 20  # bytes under one checksum
+ALIGN = 64
+VERSION = 1
+_MAGIC = b"KVCOMM"
+_PREFIX = struct.Struct("<6sHIIQ")  # magic, version, bytes of the header, 0, bytes of it all
+_DIGEST = struct.Struct("<Q")
+_START = _PREFIX.size + _DIGEST.size
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Unreadable(CacheFault):
+    """A stored record that cannot be used; `reason` is a constant of this module."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(f"{reason}: {text}")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one tensor lies."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # from the record's first byte
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * _dtype(self.dtype).itemsize
+
+
+class Draft:
+    """A record to be written: how large it is, and into which memory is the caller's choice."""
+
+    def __init__(self, segment: Segment, kv: SegmentKV) -> None:
+        """`kv` has passed `check_kv`. Nothing is copied yet."""
+        self.segment, self.key, self._tensors = segment, segment.key, (*kv.keys, *kv.values)
+        sizes = [_aligned(t.numel() * t.element_size()) for t in self._tensors]
+        self._payload = sum(sizes)
+        offsets = np.cumsum([0, *sizes[:-1]]).tolist()
+        self._head: dict[str, Any] = {
+            "key": segment.key,
+            "fingerprint": segment.fingerprint,
+            "tenant": segment.tenant,
+            "producer": segment.producer,
+            "exact": segment.exact,
+            "length": segment.length,
+            "alone": segment.alone,
+            "cost_ms": segment.cost_ms,
+            "ids": np.ascontiguousarray(segment.ids, dtype="<i4").tobytes(),
+            "context": np.ascontiguousarray(segment.context, dtype="<i4").tobytes(),
+            "kv_length": kv.length,
+            "tensors": [(_name(t), list(t.shape), o) for t, o in zip(self._tensors, offsets, strict=True)],  # o: in the payload
+            "digests": bytes(_DIGEST.size * -(-self._payload // BLOCK)),
+        }
+        self._start = _aligned(_START + len(msgpack.packb(self._head)))
+        self.nbytes = self._start + self._payload
+
+    def write(self, target: Bytes) -> Record:
+        """Fills `target` [nbytes], writable, at an address that is a multiple of 64; it belongs to the record from here on."""
+        import torch
+
+        assert target.nbytes == self.nbytes, f"{target.nbytes} bytes for a record of {self.nbytes}"
+        payload = target[self._start :]
+        for t, (_, shape, offset) in zip(self._tensors, self._head["tensors"], strict=True):
+            size = t.numel() * t.element_size()
+            torch.frombuffer(payload, dtype=t.dtype, count=t.numel(), offset=offset).view(shape).copy_(t.detach())
+            payload[offset + size : offset + _aligned(size)] = 0
+        header = msgpack.packb({**self._head, "digests": _digests(payload)})
+        target[: self._start] = 0
+        prefix = _PREFIX.pack(_MAGIC, VERSION, len(header), 0, self.nbytes)
+        target[: len(prefix)] = np.frombuffer(prefix, np.uint8)
+        target[_START : _START + len(header)] = np.frombuffer(header, np.uint8)
+        target[len(prefix) : _START] = np.frombuffer(_DIGEST.pack(_header_digest(target[: self._start])), np.uint8)
+        return Record(target)
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """The bytes of one stored segment, never written to. `head` and what builds on it raise Unreadable where they are not."""
+
+    data: Bytes  # whoever made it keeps the memory as it is for as long as this array lives
+
+    @classmethod
+    def of(cls, segment: Segment, kv: SegmentKV) -> Record:
+        """In memory of its own."""
+        draft = Draft(segment, kv)
+        return draft.write(empty(draft.nbytes))
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    @property
+    def key(self) -> str:
+        return str(self.head["key"])
+
+    @property
+    def tenant(self) -> str:
+        return str(self.head["tenant"])
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.head["fingerprint"])
+
+    @cached_property
+    def head(self) -> dict[str, Any]:
+        """The header, under its checksum; the tensors are not looked at."""
+        data = self.data
+        if data.nbytes < _START:
+            raise Unreadable(DAMAGED, f"{data.nbytes} bytes are too few for a record")
+        magic, version, size, zero, nbytes = _PREFIX.unpack(data[: _PREFIX.size].tobytes())
+        if magic != _MAGIC:
+            raise Unreadable(DAMAGED, "it does not begin like a record")
+        if version != VERSION:
+            raise Unreadable(OTHER_VERSION, f"format {version}; this version reads {VERSION}")
+        start = _aligned(_START + size)
+        if nbytes != data.nbytes or start > data.nbytes or zero:
+            raise Unreadable(DAMAGED, f"{data.nbytes} bytes of a record of {nbytes}")
+        (digest,) = _DIGEST.unpack(data[_PREFIX.size : _START].tobytes())
+        if digest != _header_digest(data[:start]):
+            raise Unreadable(DAMAGED, "the header's checksum is another one")
+        head: dict[str, Any] = msgpack.unpackb(data[_START : _START + size].tobytes())
+        return head
+
+    @cached_property
+    def segment(self) -> Segment:
+        """Raises Unreadable where the header's key is not that of what it says."""
+        head = self.head
+        ids, context = (np.frombuffer(head[name], "<i4") for name in ("ids", "context"))
+        segment = Segment(
+            ids,
+            context,
+            head["fingerprint"],
+            head["tenant"],
+            head["producer"],
+            head["exact"],
+            head["length"],
+            head["alone"],
+            head["cost_ms"],
+        )
+        if segment.key != head["key"]:
+            raise Unreadable(OTHER_KEY, f"it says {head['key']} and holds {segment.key}")
+        return segment
+
+    def verify(self, key: str | None = None) -> Record:
+        """Itself, after every byte was compared with its checksum. Raises Unreadable: `DAMAGED`, `OTHER_VERSION`, and `OTHER_KEY`
+        where it is not the record of `key`.
+        """
+        if key is not None and self.segment.key != key:
+            raise Unreadable(OTHER_KEY, f"{self.segment.key} in place of {key}")
+        if _digests(self.data[self._start :]) != self.head["digests"]:
+            raise Unreadable(DAMAGED, f"a block of {self.key} has another checksum")
+        return self
+
+    def kv(self) -> SegmentKV:
+        """Views of `data`, to be read and never written; they keep it alive. Nothing is verified: call `verify` first."""
+        import torch
+
+        _read_only_is_meant()
+        head, payload = self.head, self.data[self._start :]
+        places = [_Place(dtype, tuple(shape), offset) for dtype, shape, offset in head["tensors"]]
+        if any(p.offset % ALIGN or p.offset + p.nbytes > payload.nbytes for p in places) or len(places) % 2:
+            raise Unreadable(DAMAGED, f"tensors of {self.key} do not lie in its record")
+        tensors = [
+            torch.frombuffer(payload, dtype=_dtype(p.dtype), count=int(np.prod(p.shape)), offset=p.offset).view(p.shape)
+            for p in places
+        ]
+        half = len(tensors) // 2
+        return SegmentKV(tuple(tensors[:half]), tuple(tensors[half:]), len(head["context"]) // 4, head["kv_length"])
+
+    @property
+    def _start(self) -> int:
+        return _aligned(_START + _PREFIX.unpack(self.data[: _PREFIX.size].tobytes())[2])
+
+
+def empty(nbytes: int) -> Bytes:
+    """Uninitialised memory for a record, at an address that is a multiple of 64."""
+    raw = np.empty(nbytes + ALIGN, dtype=np.uint8)
+    skip = -raw.ctypes.data % ALIGN
+    return raw[skip : skip + nbytes]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+def _header_digest(region: Bytes) -> int:
+    """Of the prefix without its digest, and of the header with the zeros behind it."""
+    h = xxhash.xxh3_64(region[: _PREFIX.size].data)
+    h.update(region[_START:].data)
+    return h.intdigest()
+
+
+def _digests(payload: Bytes) -> bytes:
+    view = payload.data
+    return b"".join(_DIGEST.pack(xxhash.xxh3_64_intdigest(view[a : a + BLOCK])) for a in range(0, payload.nbytes, BLOCK))
+
+
+@cache
+def _read_only_is_meant() -> None:
+    """torch warns once per process of tensors over memory that cannot be written to; here that is what is wanted."""
+    import torch
+
+    memory = np.zeros(1, np.uint8)
+    memory.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _name(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    """Raises Unreadable for what is no floating type of torch."""
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise Unreadable(DAMAGED, f"tensors of type {name!r}")
+    return dtype

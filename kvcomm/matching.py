@@ -76,7 +76,7 @@ class Index(Protocol):
         same_tables: Callable[[int], bool] = lambda length: True,
         ms_per_token: float | None = None,
     ) -> Found:
-        """As `TextIndex.find`. `ms_per_token`: what computing a token costs the caller; KV that takes longer to get is left out."""
+        """As `TextIndex.find`. `ms_per_token`: what computing one costs the caller; what takes longer to get is left out."""
         ...
 
     def add(self, segment: Segment) -> tuple[str, ...]:

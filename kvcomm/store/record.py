@@ -3,7 +3,7 @@
 | prefix 32                                    | header, zeros up to a multiple of 64 | tensors, each at a multiple of 64 |
 | magic 8, header bytes 4, 0 4, all bytes 8, digest 8 |
 
-The digest is of the prefix before it and of the header; the header (msgpack) has one of every block of 1 MiB behind it. So every
+The digest is of the prefix before it and of the header; the header (msgpack) has one of every block of 1 MiB behind it. So each
 byte is under a checksum (XXH3, 64 bits: against accidents, not against forgers), and so is what the bytes mean.
 """
 
@@ -180,8 +180,8 @@ class Record:
         return segment
 
     def verify(self, key: str | None = None) -> Record:
-        """Itself, after every byte was compared with its checksum. Raises Unreadable: `DAMAGED`, `OTHER_VERSION`, and `OTHER_KEY`
-        where it is not the record of `key`.
+        """Itself, after every byte was compared with its checksum. Raises Unreadable: `DAMAGED`, `OTHER_VERSION`, and
+        `OTHER_KEY` where it is not the record of `key`.
         """
         if key is not None and self.segment.key != key:
             raise Unreadable(OTHER_KEY, f"{self.segment.key} in place of {key}")

@@ -1,4 +1,4 @@
-"""The contract of `base` on records: what a tier does that keeps bytes. Such tiers can be stacked, and served to other processes."""
+"""The contract of `base` on records: what a tier does that keeps bytes. Such tiers can be stacked, and served to others."""
 
 from __future__ import annotations
 

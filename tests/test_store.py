@@ -1,9 +1,9 @@
-"""The contract of stores, by every implementation; the memory store against a plain list as its model."""
+"""The contract of stores, by every implementation; the memory store against a plain list of rows as its model."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,16 +14,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.segments import Segment, SegmentKV
-from kvcomm.store import Kept, MemoryStore, NullStore, Store, StoreStats
+from kvcomm.store import Kept, MemoryStore, NullStore, Quotas, Store, StoreStats
 from kvcomm.store.base import ALTERED, TOO_LARGE
+from kvcomm.store.eviction import OVER_QUOTA
 
 LAYERS, HEADS, DIM = 2, 2, 4
 TOKEN_BYTES = LAYERS * 2 * HEADS * DIM * 4
 
 
-def segment(tokens: int, start: int = 0, *, seed: int = 0) -> Segment:
+def segment(tokens: int, start: int = 0, *, seed: int = 0, tenant: str = "", cost_ms: float | None = None) -> Segment:
     ids = np.random.default_rng(seed).integers(1, 1000, start + tokens).astype(np.int32)
-    return Segment(ids[start:], ids[:start], "f")
+    return Segment(ids[start:], ids[:start], "f", tenant, cost_ms=cost_ms)
 
 
 def kv_of(s: Segment, fill: float | None = None) -> SegmentKV:
@@ -103,19 +104,43 @@ def test_unusable_kv_is_refused(store: Store, says: str) -> None:
     store.check_integrity()
 
 
-def test_least_recently_used_leaves_first() -> None:
+def test_what_is_used_as_often_leaves_in_the_order_of_last_use() -> None:
     a, b, c, d = (segment(10, seed=i) for i in range(4))
     store = MemoryStore(30 * TOKEN_BYTES)
     for s in (a, b, c):
         assert store.put(s, kv_of(s)) == Kept(stored=True)
-    store.get(a.key)
-    assert store.put(b, kv_of(b)) == Kept(stored=True)  # kept already: used again
-    assert a.key in store  # looking is not using
+    store.get(b.key)
+    assert store.put(a, kv_of(a)) == Kept(stored=True)  # kept already: used again
+    assert c.key in store  # looking is not using
+    assert [s.key for s in store.segments()] == [c.key, b.key, a.key]
     assert store.put(d, kv_of(d)) == Kept(stored=True, evicted=(c.key,))
-    assert [s.key for s in store.segments()] == [a.key, b.key, d.key]
+    assert [s.key for s in store.segments()] == [b.key, a.key, d.key], "d is worth as much: the clock moved on by one use"
     large = segment(30, seed=9)
-    assert store.put(large, kv_of(large)) == Kept(stored=True, evicted=(a.key, b.key, d.key))
+    assert store.put(large, kv_of(large)) == Kept(stored=True, evicted=(b.key, a.key, d.key))
     assert store.stats().evicted == 4
+    store.check_integrity()
+
+
+def test_what_saves_most_per_byte_stays() -> None:
+    dear, cheap = segment(5, seed=1, cost_ms=50.0), segment(5, seed=2, cost_ms=5.0)
+    store = MemoryStore(10 * TOKEN_BYTES)
+    store.put(dear, kv_of(dear))
+    store.put(cheap, kv_of(cheap))
+    store.get(cheap.key)
+    other = segment(5, seed=3, cost_ms=5.0)
+    assert store.put(other, kv_of(other)).evicted == (cheap.key,), "two uses of 5 ms are less than one of 50"
+
+
+def test_a_tenant_over_its_quota_evicts_its_own() -> None:
+    store = MemoryStore(100 * TOKEN_BYTES, Quotas(default=20 * TOKEN_BYTES))
+    mine, others = ([segment(10, seed=i, tenant=tenant) for i in range(3)] for tenant in ("me", "other"))
+    for s in (*others[:2], *mine[:2]):
+        assert store.put(s, kv_of(s)) == Kept(stored=True)
+    assert store.put(mine[2], kv_of(mine[2])) == Kept(stored=True, evicted=(mine[0].key,))
+    large = segment(21, tenant="me")
+    assert store.put(large, kv_of(large)) == Kept(stored=False, reason=OVER_QUOTA)
+    assert store.stats().refused == {OVER_QUOTA: 1}
+    assert store.stats().objects == 4
     store.check_integrity()
 
 
@@ -217,55 +242,84 @@ def test_threads_see_whole_objects() -> None:
     assert store.stats().evicted > 0
 
 
-class MemoryStoreModel(RuleBasedStateMachine):
-    """`MemoryStore` beside a list of (key, tokens), the least recently used first."""
+@dataclass
+class Row:
+    """What the model knows of one object."""
 
-    segments = [segment(tokens, seed=tokens) for tokens in range(1, 9)]  # noqa: RUF012  # never written
+    segment: Segment
+    cost_ms: float
+    uses: int
+    priority: float
+    used: int
+
+
+class MemoryStoreModel(RuleBasedStateMachine):
+    """`MemoryStore` beside a list of rows; the least (priority, last use) is looked for among all of them."""
+
+    segments = [segment(t, seed=t, tenant="ab"[t % 2], cost_ms=float(c)) for t, c in enumerate((8, 1, 2, 2, 9, 0, 30, 3), 1)]  # noqa: RUF012  # never written
+    quota = 9  # tokens of tenant a
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = MemoryStore(12 * TOKEN_BYTES)
-        self.model: list[tuple[str, int]] = []
+        self.store = MemoryStore(14 * TOKEN_BYTES, Quotas(tenants={"a": self.quota * TOKEN_BYTES}))
+        self.rows: list[Row] = []
+        self.clock = 0.0
+        self.now = 0
 
-    @rule(i=st.integers(0, 7))
-    def put(self, i: int) -> None:
-        s = self.segments[i]
-        entry = (s.key, len(s.ids))
-        kept = self.store.put(s, kv_of(s, float(i)))
-        if entry in self.model:
-            self.model.remove(entry)
-            self.model.append(entry)
+    def used(self, row: Row) -> None:
+        self.now += 1
+        row.uses, row.used = row.uses + 1, self.now
+        row.priority = self.clock + row.uses * (row.cost_ms / (len(row.segment.ids) * TOKEN_BYTES))
+
+    def row(self, s: Segment) -> Row | None:
+        return next((row for row in self.rows if row.segment is s), None)
+
+    def leave(self, rows: list[Row]) -> str:
+        least = min(rows, key=lambda row: (row.priority, row.used))
+        self.rows.remove(least)
+        self.clock = max(self.clock, least.priority)
+        return least.segment.key
+
+    def tokens(self, tenant: str) -> int:
+        return sum(len(row.segment.ids) for row in self.rows if row.segment.tenant in tenant)
+
+    @rule(s=st.sampled_from(segments))
+    def put(self, s: Segment) -> None:
+        kept = self.store.put(s, kv_of(s, float(len(s.ids))))
+        if (row := self.row(s)) is not None:
+            self.used(row)
             assert kept == Kept(stored=True)
             return
         gone = []
-        while sum(tokens for _, tokens in self.model) + entry[1] > 12:
-            gone.append(self.model.pop(0)[0])
-        self.model.append(entry)
+        while s.tenant == "a" and self.tokens("a") + len(s.ids) > self.quota:
+            gone.append(self.leave([row for row in self.rows if row.segment.tenant == "a"]))
+        while self.tokens("ab") + len(s.ids) > 14:
+            gone.append(self.leave(self.rows))
+        self.rows.append(Row(s, s.cost_ms or 0.0, 0, 0.0, 0))
+        self.used(self.rows[-1])
         assert kept == Kept(stored=True, evicted=tuple(gone))
 
-    @rule(i=st.integers(0, 7))
-    def get(self, i: int) -> None:
-        s = self.segments[i]
-        entry = (s.key, len(s.ids))
-        found = self.store.get(s.key)
-        assert (found is not None) == (entry in self.model)
-        if found is not None:
-            assert equal(found, kv_of(s, float(i)))
-            self.model.remove(entry)
-            self.model.append(entry)
+    @rule(s=st.sampled_from(segments))
+    def get(self, s: Segment) -> None:
+        found, row = self.store.get(s.key), self.row(s)
+        assert (found is not None) == (row is not None)
+        if found is not None and row is not None:
+            assert equal(found, kv_of(s, float(len(s.ids))))
+            self.used(row)
 
-    @precondition(lambda self: self.model)
+    @precondition(lambda self: self.rows)
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
-        entry = data.draw(st.sampled_from(self.model))
-        assert self.store.remove(entry[0])
-        self.model.remove(entry)
+        row = data.draw(st.sampled_from(self.rows))
+        assert self.store.remove(row.segment.key)
+        self.rows.remove(row)
 
     @invariant()
     def agrees(self) -> None:
         self.store.check_integrity()
-        assert [s.key for s in self.store.segments()] == [key for key, _ in self.model]
-        assert self.store.nbytes == TOKEN_BYTES * sum(tokens for _, tokens in self.model)
+        order = sorted(self.rows, key=lambda row: (row.priority, row.used))
+        assert [s.key for s in self.store.segments()] == [row.segment.key for row in order]
+        assert self.store.nbytes == TOKEN_BYTES * self.tokens("ab")
 
 
 TestMemoryStoreModel = MemoryStoreModel.TestCase

@@ -1,8 +1,8 @@
-"""KV in this process's memory (or its accelerator's: tensors stay where they are), least recently used leaves first."""
+"""KV in this process's memory (or its accelerator's: tensors stay where they are); `Book` says what leaves first."""
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -10,9 +10,9 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from kvcomm.errors import InputError
 from kvcomm.segments import Segment, SegmentKV
-from kvcomm.store.base import ALTERED, TOO_LARGE, Kept, StoreStats, check_kv
+from kvcomm.store.base import ALTERED, Kept, StoreStats, check_kv
+from kvcomm.store.eviction import Book, Quotas
 
 __all__ = ["MemoryStore"]
 
@@ -25,19 +25,17 @@ class _Object:
 
 
 class MemoryStore:
-    """A `Store` bounded to `limit_bytes` of KV.
+    """A `Store` bounded to `limit_bytes` of KV, and each tenant to its quota.
 
     Reading does not copy: `get` returns the kept tensors, and one that was written to since it was put (torch counts writes)
     is dropped and reported as a miss. Tensors that are views into larger memory are copied once, when put, so that the bound
     holds.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
-        if limit_bytes < 0:
-            raise InputError(f"limit_bytes is {limit_bytes}; it must be at least 0")
+    def __init__(self, limit_bytes: int, quotas: Quotas | None = None) -> None:
         self.limit_bytes = limit_bytes
-        self._objects: OrderedDict[str, _Object] = OrderedDict()  # the least recently used first
-        self._nbytes = 0
+        self._book: Book[str] = Book(limit_bytes, quotas)
+        self._objects: dict[str, _Object] = {}
         self._hits = self._misses = self._evicted = 0
         self._refused: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
@@ -46,23 +44,26 @@ class MemoryStore:
     def put(self, segment: Segment, kv: SegmentKV) -> Kept:
         with self._lock:
             if segment.key in self._objects:
-                self._objects.move_to_end(segment.key)
+                self._book.use(segment.key)
                 return Kept(stored=True)
         check_kv(segment, kv)
-        if kv.nbytes > self.limit_bytes:
+        if reason := self._book.refusal(kv.nbytes, segment.tenant):
             with self._lock:
-                self._refused[TOO_LARGE] += 1
-            return Kept(stored=False, reason=TOO_LARGE)
+                self._refused[reason] += 1
+            return Kept(stored=False, reason=reason)
         kv = replace(kv, keys=tuple(_compact(t) for t in kv.keys), values=tuple(_compact(t) for t in kv.values))
         evicted: list[str] = []
         with self._lock:
             if segment.key not in self._objects:  # another thread may have put it meanwhile
-                while self._nbytes + kv.nbytes > self.limit_bytes:
-                    evicted.append(next(iter(self._objects)))
-                    self._drop(evicted[-1])
+                victims = self._book.victims(kv.nbytes, segment.tenant)
+                assert victims is not None, "it fits, and nothing is pinned"
+                for key in victims:
+                    del self._objects[key]
+                    self._book.evict(key)
+                evicted += victims
                 self._evicted += len(evicted)
                 self._objects[segment.key] = _Object(segment, kv, _versions(kv))
-                self._nbytes += kv.nbytes
+                self._book.add(segment.key, kv.nbytes, segment.tenant, segment.cost_ms)
         return Kept(stored=True, evicted=tuple(evicted))
 
     def get(self, key: str) -> SegmentKV | None:
@@ -70,7 +71,7 @@ class MemoryStore:
             found = self._objects.get(key)
             if found is not None and _versions(found.kv) == found.versions:
                 self._hits += 1
-                self._objects.move_to_end(key)
+                self._book.use(key)
                 return found.kv
             self._misses += 1
             if found is None:
@@ -96,17 +97,17 @@ class MemoryStore:
     @property
     def nbytes(self) -> int:
         with self._lock:
-            return self._nbytes
+            return self._book.nbytes
 
     def segments(self) -> list[Segment]:
         with self._lock:
-            return [o.segment for o in self._objects.values()]
+            return [self._objects[key].segment for key in self._book.order()]
 
     def stats(self) -> StoreStats:
         with self._lock:
             return StoreStats(
                 objects=len(self._objects),
-                nbytes=self._nbytes,
+                nbytes=self._book.nbytes,
                 limit_bytes=self.limit_bytes,
                 hits=self._hits,
                 misses=self._misses,
@@ -117,14 +118,17 @@ class MemoryStore:
 
     def check_integrity(self) -> None:
         with self._lock:
-            assert self._nbytes == sum(o.kv.nbytes for o in self._objects.values()) <= self.limit_bytes
+            self._book.check_integrity()
+            assert self._book.nbytes == sum(o.kv.nbytes for o in self._objects.values()) <= self.limit_bytes
+            assert set(self._book.order()) == self._objects.keys()
             for key, found in self._objects.items():
                 assert key == found.segment.key
                 assert all(t.untyped_storage().nbytes() == t.nbytes for t in (*found.kv.keys, *found.kv.values))
                 check_kv(found.segment, found.kv)
 
     def _drop(self, key: str) -> None:
-        self._nbytes -= self._objects.pop(key).kv.nbytes
+        del self._objects[key]
+        self._book.remove(key)
 
 
 def _compact(t: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from kvcomm.correcting import Corrector, empty_pool
 from kvcomm.draft_check import check
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.learning import Learner
-from kvcomm.matching import Match, TextIndex
+from kvcomm.matching import Index, Match, TextIndex
 from kvcomm.metrics import Counters
 from kvcomm.policy import Rule
 from kvcomm.policy import plan as make_plan
@@ -85,15 +85,14 @@ class KVComm:
         self.backend = backend
         self.config = config or Config.from_env()
         self.store: Store = MemoryStore(self.config.store_bytes) if store is None else store
-        self.index = TextIndex(
-            min_run=self.config.min_run, max_windows=self.config.index_windows, variants=self.config.variants
-        )
+        self.index = self._index()
         self.anchors = empty_pool(self.config) if anchors is None else anchors
         self.counters = Counters()
         self.reports: deque[ReuseReport] = deque(maxlen=1000)
         self._learner = Learner(backend, self.store, self.index, self.config)
         self._corrector = Corrector(backend, self.store, self.anchors, self.config)
         self._callers = Callers()
+        self._ms_per_token: float | None = None  # of prefill, as measured lately
         self._own_generate: Callable[..., Any] | None = None  # the model's, while attach() has replaced it
         self._lock = threading.RLock()
 
@@ -303,8 +302,15 @@ class KVComm:
 
     def _share(self, request: Request, call: Call) -> tuple[Any, ReuseReport]:
         request.ids = call.prompt[0].to("cpu", torch.int32).numpy()
+        try:
+            return self._shared(request, call)
+        finally:
+            self._land(request)
+
+    def _shared(self, request: Request, call: Call) -> tuple[Any, ReuseReport]:
         result, cache, plan = self._run(request, self._plan(request), call)
         report = request.report(plan)
+        self._ms_per_token = request.ms_per_token(plan) or self._ms_per_token
         started, who, lessons = perf_counter(), request.who, list[Span]()
         try:
             lessons = self._corrector.waiting.lessons(plan, request.known, who.tenant, self.store)
@@ -313,7 +319,8 @@ class KVComm:
         except Exception as fault:  # noqa: BLE001  # learning is optional: the answer is already there
             self._count_fault("anchor", fault)
         try:
-            self._learner.learn(request.ids, plan, cache, result, who.agent, who.tenant, lessons)
+            self._learner.learn_prompt(request.ids, plan, cache, who.agent, who.tenant, lessons, request.ms_per_token(plan))
+            self._learner.learn_answer(request.ids, plan, cache, result, who.agent, who.tenant)
             if isinstance(result, torch.Tensor):  # else the caller may hold the cache
                 self.backend.release(cache)
         except Exception as fault:  # noqa: BLE001  # so is this
@@ -334,7 +341,7 @@ class KVComm:
             request.planned = perf_counter()
             plan = self._corrected(request, plan, matches)
         except Exception as fault:  # noqa: BLE001  # no plan is a dense answer, whatever went wrong
-            self._count_fault("plan", fault)
+            self._count_fault("store" if isinstance(fault, CacheFault) else "plan", fault)
             plan = Plan.dense(len(request.ids), f"fault: {fault}")
         request.estimated = perf_counter()
         return plan
@@ -359,12 +366,15 @@ class KVComm:
     def _matches(self, request: Request) -> list[Match]:
         """Known runs whose KV is in the store; what the store has evicted since is forgotten here."""
         while True:
-            found = self.index.find(
+            self._land(request)  # a search that came to nothing
+            request.found = self.index.look(
                 request.ids,
                 fingerprint=self.backend.fingerprint,
                 tenant=request.who.tenant,
                 same_tables=partial(self.backend.same_tables, len(request.ids)),
+                ms_per_token=self._ms_per_token,
             )
+            found = request.found.matches
             gone = {match.segment.key for match in found if match.segment.key not in self.store}
             if not gone:
                 return found
@@ -429,10 +439,39 @@ class KVComm:
         def first(logits: torch.Tensor) -> None:
             if plan.spans and bool(torch.isnan(logits).any()):
                 raise _Poisoned("the first logits hold NaN, so some reused KV did")
+            self._hand_over(request, plan, cache)
             request.mark_first()
 
         with self.backend.hooked(first):
             return call.start(past_key_values=cache)
+
+    def _hand_over(self, request: Request, plan: Plan, cache: SpanCache) -> None:
+        """Another process waits for what this prompt has just computed: it gets it now, not after the answer."""
+        found, who = request.found, request.who
+        try:
+            if found is not None and found.flight is not None and self.index.awaited(found.flight, who.tenant):
+                self._learner.learn_prompt(request.ids, plan, cache, who.agent, who.tenant)
+                self._land(request)
+        except Exception as fault:  # noqa: BLE001  # others go dense; this answer goes on
+            self._count_fault("learn", fault)
+
+    def _land(self, request: Request) -> None:
+        """Nobody need wait any more for what the request computes."""
+        if request.found is None or request.found.flight is None:
+            return
+        flight, request.found = request.found.flight, replace(request.found, flight=None)
+        try:
+            self.index.land(flight, request.who.tenant)
+        except Exception as fault:  # noqa: BLE001  # those who wait do so up to a bound
+            self._count_fault("store", fault)
+
+    def _index(self) -> Index:
+        """The store's own, where it is shared with other processes; else one of what this engine puts into it."""
+        shared: Index | None = getattr(self.store, "index", None)
+        if shared is not None:
+            return shared
+        config = self.config
+        return TextIndex(min_run=config.min_run, max_windows=config.index_windows, variants=config.variants)
 
     def _count_fault(self, kind: str, fault: Exception | str) -> None:
         self.counters.fault(kind)

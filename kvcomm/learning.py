@@ -31,22 +31,35 @@ class Learner:
     def __init__(self, backend: Backend, store: Store, index: TextIndex, config: Config) -> None:
         self.backend, self.store, self.index, self.config = backend, store, index, config
 
-    def learn(
-        self, ids: Ids, plan: Plan, cache: SpanCache, result: Any, producer: str, tenant: str, known: Sequence[Span] = ()
+    def learn_prompt(
+        self,
+        ids: Ids,
+        plan: Plan,
+        cache: SpanCache,
+        producer: str,
+        tenant: str,
+        known: Sequence[Span] = (),
+        ms_per_token: float | None = None,
     ) -> None:
-        """Deposits unknown runs of the prompt [tokens] and the answer of `result` (a tensor [rows, prompt + new] or an output
-        record that holds one). `cache` must still hold the request's KV; with a record it is the caller's too, and only read.
+        """Deposits unknown runs of the prompt [tokens], whose KV `cache` must hold; `ms_per_token`: what computing one took.
         Text of the `known` spans is kept already, and not once more in this context. Raises CacheFault where the store refuses.
         """
-        approximate_from = min((s.start for s in plan.spans if s.rung != "exact"), default=plan.length)
+        approximate_from = _approximate_from(plan)
         for start, end in self._unknown(plan.length, [*plan.spans, *known]):
             exact = start <= approximate_from
-            self._keep(self._segment(ids[start:end], ids[:start], producer, tenant, exact, plan.length), cache, plan.length)
+            segment = self._segment(ids[start:end], ids[:start], producer, tenant, exact, plan.length)
+            cost = None if ms_per_token is None else ms_per_token * (end - start)
+            self._keep(replace(segment, cost_ms=cost), cache, plan.length)
+
+    def learn_answer(self, ids: Ids, plan: Plan, cache: SpanCache, result: Any, producer: str, tenant: str) -> None:
+        """Deposits the answer of `result` (a tensor [rows, prompt + new] or an output record that holds one) to a prompt. With a
+        record the cache is the caller's too, and only read. Raises CacheFault where the store refuses.
+        """
         ours = isinstance(result, torch.Tensor)
         sequences = result if ours else result.sequences
         if len(sequences) == 1 and cache.rows == 1:
             generated = [int(t) for t in sequences[0, len(ids) :]]
-            exact = approximate_from == plan.length
+            exact = _approximate_from(plan) == plan.length
             self._keep_answer(ids, generated, cache, producer, tenant, exact=exact, write=ours)
 
     @torch.no_grad()
@@ -131,3 +144,8 @@ class Learner:
         target = self.backend.cache(length)
         self.backend.fill(target, length, [(span, kv) for span in spans])
         return target
+
+
+def _approximate_from(plan: Plan) -> int:
+    """Where what was computed may differ from a dense prefill."""
+    return min((span.start for span in plan.spans if span.rung != "exact"), default=plan.length)

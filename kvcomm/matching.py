@@ -87,6 +87,14 @@ class Index(Protocol):
         """Forget a segment; False when it was not known."""
         ...
 
+    def awaited(self, flight: int, tenant: str) -> bool:
+        """Does anybody wait for what this prompt (`Found.flight`) computes?"""
+        ...
+
+    def land(self, flight: int, tenant: str) -> None:
+        """What this prompt computed is kept now, or never will be."""
+        ...
+
     def __contains__(self, key: object) -> bool: ...
 
 
@@ -220,6 +228,13 @@ class TextIndex:
     ) -> Found:
         """As `find`; here nothing takes longer to get than to compute."""
         return Found(self.find(ids, fingerprint=fingerprint, tenant=tenant, same_tables=same_tables))
+
+    def awaited(self, flight: int, tenant: str) -> bool:
+        """Nobody: here prompts have no flights."""
+        return False
+
+    def land(self, flight: int, tenant: str) -> None:
+        """Nothing: here prompts have no flights."""
 
     def __contains__(self, key: object) -> bool:
         with self._lock:

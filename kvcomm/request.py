@@ -7,11 +7,14 @@ from time import perf_counter
 
 import numpy as np
 
+from kvcomm.matching import Found
 from kvcomm.plain import PlainKV
 from kvcomm.segments import Ids, Plan, ReuseReport, Span, SpanReport
 from kvcomm.who import Who
 
 __all__ = ["Request"]
+
+TELLING = 64  # tokens; fewer say more about a forward than about a token
 
 
 @dataclass
@@ -24,6 +27,7 @@ class Request:
     ids: Ids = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     deviations: tuple[tuple[int, PlainKV], ...] = ()  # to be added to what is assembled, from a position on
     known: list[Span] = field(default_factory=list)  # text of the prompt that could be moved, whether it was or not
+    found: Found | None = None  # what the index said last
     matched: float | None = None
     planned: float | None = None
     estimated: float | None = None  # anchors had their say
@@ -33,6 +37,11 @@ class Request:
     def mark_first(self) -> None:
         if self.first is None:
             self.first = perf_counter()
+
+    def ms_per_token(self, plan: Plan) -> float | None:
+        """What computing a token took; None where too few were computed to tell."""
+        forward = _ms(self.assembled, self.first)
+        return None if forward is None or len(plan.recompute) < TELLING else forward / len(plan.recompute)
 
     def report(self, plan: Plan) -> ReuseReport:
         """What came of it, served by `plan`."""
@@ -49,6 +58,8 @@ class Request:
             computed_tokens=len(plan.recompute),
             spans=tuple(spans),
             fallback=plan.fallback,
+            declined=self.found.declined if self.found else {},
+            waited_ms=self.found.waited_ms if self.found else None,
             match_ms=_ms(self.turn, self.matched),
             plan_ms=_ms(self.matched, self.planned),
             estimate_ms=_ms(self.planned, self.estimated),

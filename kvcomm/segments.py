@@ -6,7 +6,8 @@ tensor start quickly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -139,6 +140,8 @@ class ReuseReport:
     computed_tokens: int
     spans: tuple[SpanReport, ...] = ()
     fallback: str | None = None
+    declined: Mapping[str, int] = field(default_factory=dict)  # why known text was left to be computed -> its tokens
+    waited_ms: float | None = None  # within match_ms: for other processes that were computing the same text
     match_ms: float | None = None  # from the request's turn on: it may have waited for others
     plan_ms: float | None = None
     estimate_ms: float | None = None  # what anchors say of moved text

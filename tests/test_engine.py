@@ -125,7 +125,9 @@ def teach(comm: KVComm, generated: list[int]) -> tuple[list[int], Segment, Segme
     with torch.no_grad():  # the last sampled token is never fed back
         comm.backend.model(torch.tensor([[*prompt, *generated[:-1]]]), past_key_values=cache)
     plan = Plan(len(prompt), (), np.arange(len(prompt)), "nothing-known")
-    comm._learner.learn(np.asarray(prompt, dtype=np.int32), plan, cache, torch.tensor([[*prompt, *generated]]), "clerk", "")
+    ids = np.asarray(prompt, dtype=np.int32)
+    comm._learner.learn_prompt(ids, plan, cache, "clerk", "")
+    comm._learner.learn_answer(ids, plan, cache, torch.tensor([[*prompt, *generated]]), "clerk", "")
     [segment] = [s for s in comm.store.segments() if s.start == len(prompt)]
     kv = comm.store.get(segment.key)
     assert kv is not None
@@ -288,7 +290,7 @@ def test_fault_in_learning(comm: KVComm, model: PreTrainedModel, monkeypatch: py
     def explode(*args: object) -> None:
         raise RuntimeError("disk on fire")
 
-    monkeypatch.setattr(comm._learner, "learn", explode)
+    monkeypatch.setattr(comm._learner, "learn_prompt", explode)
     assert answer(comm, messages("clerk")).token_ids == plain(model, comm.encode(messages("clerk")))
     assert comm.counters.value("faults", "learn") == 1
 

@@ -86,6 +86,8 @@ class HFBackend:
     @torch.no_grad()
     def fill(self, cache: SpanCache, length: int, spans: Sequence[tuple[Span, SegmentKV]], *, rotate: bool = True) -> None:
         assert length <= cache.capacity, f"{length} tokens into a cache for {cache.capacity}"
+        for _, kv in spans:
+            self._check(kv)
         turns = [self._turn(length, span, kv) if rotate else None for span, kv in spans]
         for i, layer in enumerate(cache.layers):
             for (span, kv), turn in zip(spans, turns, strict=True):
@@ -98,6 +100,16 @@ class HFBackend:
                     self.rope.rotate(i, kv.keys[i][:, source].to(into.device), turn, into)
         cache.filled += [(span.start, span.end) for span, _ in spans]
         cache.made_at = length
+
+    def _check(self, kv: SegmentKV) -> None:
+        """Raises CacheFault for KV that is not of this model's layers, whatever its fingerprint says."""
+        if len(kv.keys) != len(self.shapes):
+            raise CacheFault(f"stored KV has {len(kv.keys)} layers; the model has {len(self.shapes)}")
+        for i, (shape, keys, values) in enumerate(zip(self.shapes, kv.keys, kv.values, strict=True)):
+            for x, dim in ((keys, shape.key_dim), (values, shape.value_dim)):
+                wanted = (shape.heads, kv.tokens, dim)
+                if tuple(x.shape) != wanted or x.dtype != shape.dtype:
+                    raise CacheFault(f"layer {i}: stored KV is {x.dtype} {tuple(x.shape)}; {shape.dtype} {wanted} was expected")
 
     def _turn(self, length: int, span: Span, kv: SegmentKV) -> Tables | None:
         """The rotation that a span's keys need; None where they are right as they are."""

@@ -1,0 +1,58 @@
+"""Where a server is: a Unix socket on this host, or host and port with TLS or, on a trusted network, without."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from kvcomm.errors import InputError
+
+__all__ = ["Address", "default_path"]
+
+
+@dataclass(frozen=True)
+class Address:
+    """Either a path, or host and port."""
+
+    path: Path | None = None
+    host: str = ""
+    port: int = 0
+    tls: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """`/run/kvcomm.sock`, `unix:/run/kvcomm.sock`, `tcp://host:port` or `tls://host:port`. Raises InputError."""
+        if text.startswith(("tcp://", "tls://")):
+            parts = urlsplit(text)
+            try:
+                host, port = parts.hostname, parts.port
+            except ValueError:
+                host, port = None, None
+            if not host or not port or parts.path not in ("", "/"):
+                raise InputError(f"address {text!r} has no host and port; write tls://host:port")
+            return cls(host=host, port=port, tls=text.startswith("tls"))
+        path = Path(text.removeprefix("unix:"))
+        if "://" in text or not str(path).startswith("/"):
+            raise InputError(
+                f"address {text!r} is none; write an absolute path, unix:/path, tls://host:port or tcp://host:port"
+            )
+        if len(os.fsencode(path)) > 100:
+            raise InputError(
+                f"the socket's path {text!r} is longer than the 100 bytes that systems allow; choose a shorter one"
+            )
+        return cls(path=path)
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return f"unix:{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'tls' if self.tls else 'tcp'}://{host}:{self.port}"
+
+
+def default_path() -> Path:
+    """The user's own place for the socket of this host's server."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "kvcomm.sock" if runtime else Path(tempfile.gettempdir()) / f"kvcomm-{os.getuid()}" / "server.sock"

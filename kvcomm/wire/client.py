@@ -1,0 +1,339 @@
+"""An engine's store, and its index of known text, that are a server's: what one process computed, all of them find.
+
+    store = ServerStore("unix:/run/user/1000/kvcomm.sock")
+    comm = KVComm.from_pretrained(model, store=store)
+
+One prompt costs one round trip: `index.look` finds the known text, and leases its KV on the way. On the server's host KV is read
+and written in shared memory; elsewhere it travels. Everything that is read is verified here. What goes wrong is raised as
+CacheFault, which an engine turns into a dense answer; after failures in a row the server is left alone for a while.
+"""
+
+from __future__ import annotations
+
+import ssl
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kvcomm.matching import Found, Match
+from kvcomm.segments import Ids, Segment, SegmentKV
+from kvcomm.store.base import Kept, StoreStats, check_kv
+from kvcomm.store.guarded import Breaker
+from kvcomm.store.record import Bytes, Draft, Record, empty
+from kvcomm.store.records import Counts, RecordStore
+from kvcomm.wire import protocol as p
+from kvcomm.wire.address import Address, default_path
+from kvcomm.wire.transport import Connection, Unreachable, Windows
+
+__all__ = ["ServerIndex", "ServerStore"]
+
+HELD = 256  # records that are kept between being found and being read
+CONNECTIONS = 64  # tenants with a connection of their own; the one not used for longest is closed
+
+
+class ServerStore(RecordStore):
+    """A `Store` that a server keeps, and `index`, which knows the text of all that it keeps. Safe to call from several threads.
+
+    `tenant`: the only one that may use it; None: any, with a connection each. `deadline_s` bounds every call; only a prompt that
+    waits for another one's text (`wait_ms`) takes longer, by so much.
+    """
+
+    name: ClassVar[str] = "server"
+
+    def __init__(
+        self,
+        address: str | Address | None = None,
+        *,
+        tenant: str | None = None,
+        token: str = "",
+        tls: ssl.SSLContext | None = None,
+        deadline_s: float = 1.0,
+        wait_ms: float = 1000.0,
+    ) -> None:
+        """Raises InputError for an address that is none; connects with the first call."""
+        if address is None:
+            address = Address(path=default_path())
+        self.address = Address.parse(address) if isinstance(address, str) else address
+        self.tenant, self.wait_ms = tenant, wait_ms
+        self._options: Mapping[str, Any] = {"token": token, "tls": tls, "deadline_s": deadline_s, "windows": Windows()}
+        self._connections: OrderedDict[str, Connection] = OrderedDict()  # by tenant
+        self._held: OrderedDict[str, Record] = OrderedDict()  # found, not read yet
+        self._tenants: OrderedDict[str, str] = OrderedDict()  # key -> tenant, of what was found or put lately
+        self._counts = Counts()
+        self._breaker = Breaker()
+        self._lock = Lock()
+        self.index = ServerIndex(self)
+
+    # -- the contract of stores -------------------------------------------------------------------------------------------
+
+    def put(self, segment: Segment, kv: SegmentKV) -> Kept:
+        """Written straight to the server's memory where it is on this host. Raises CacheFault where it cannot be."""
+        check_kv(segment, kv)
+        return self._put(Draft(segment, kv))
+
+    def put_record(self, record: Record) -> Kept:
+        return self._put(record)
+
+    def get_records(self, keys: Iterable[str]) -> dict[str, Record]:
+        asked = list(dict.fromkeys(keys))
+        with self._lock:
+            found = {key: self._held[key] for key in asked if key in self._held}
+        by_tenant: dict[str, list[str]] = {}
+        for key in asked:
+            if key not in found:
+                by_tenant.setdefault(self._tenant_of(key), []).append(key)
+        for tenant, wanted in by_tenant.items():
+            connection = self._connection(tenant)
+            with self._guarded():
+                reply, body = connection.call(p.Get(wanted))
+            found |= self._received(connection, reply, body)
+        self._counts.looked_up(len(found), len(asked))
+        return found
+
+    def has(self, keys: Iterable[str]) -> set[str]:
+        asked = set(keys)
+        with self._lock:
+            found = {key for key in asked if key in self._held}
+        if asked - found:
+            found |= set(self.call(self.tenant or "", p.Has(sorted(asked - found)))[0]["keys"])
+        return found
+
+    def remove(self, key: str) -> bool:
+        with self._lock:
+            self._held.pop(key, None)
+        return bool(self.call(self._tenant_of(key), p.Remove([key], damaged=False))[0]["removed"])
+
+    def segments(self) -> list[Segment]:
+        """Of this store's tenant. Reads all of their KV."""
+        keys: list[str] = []
+        while True:
+            page, _ = self.call(self.tenant or "", p.List(len(keys), 1000))
+            keys += [row[0] for row in page["segments"]]
+            if not page["segments"]:
+                break
+        parts = (keys[a : a + 16] for a in range(0, len(keys), 16))
+        return [record.segment for part in parts for record in self.get_records(part).values()]
+
+    def stats(self) -> StoreStats:
+        """Hits and misses are this client's; objects and bytes the server's, of all its clients."""
+        memory = self.call(self.tenant or "", p.Stats())[0]["tiers"]["memory"]
+        return self._counts.stats(memory["objects"], memory["nbytes"], memory["limit_bytes"])
+
+    def check_integrity(self) -> None:
+        with self._lock:
+            for key, record in self._held.items():
+                record.verify(key)
+
+    def close(self) -> None:
+        with self._lock:
+            self._held.clear()
+            for connection in self._connections.values():
+                connection.close()
+            self._connections.clear()
+
+    # -- for the index and the pool of anchors ----------------------------------------------------------------------------
+
+    def call(self, tenant: str, request: p.Request, deadline_s: float | None = None) -> tuple[dict[str, Any], Bytes | None]:
+        """One request on behalf of a tenant. Raises CacheFault where the server does not answer it."""
+        connection = self._connection(tenant)
+        with self._guarded():
+            return connection.call(request, deadline_s=deadline_s)
+
+    def find(self, tenant: str, request: p.Find) -> tuple[dict[str, Any], dict[str, Record]]:
+        """The reply and the records that came with it: verified, and held for `get_many` until `drop`."""
+        connection = self._connection(tenant)
+        with self._guarded():
+            reply, body = connection.call(request, deadline_s=connection.deadline_s + request.wait_ms / 1e3)
+        return reply, self._received(connection, reply, body, hold=True)
+
+    def drop(self) -> None:
+        """What was found and held is not needed any more."""
+        with self._lock:
+            self._held.clear()
+
+    # -- below ------------------------------------------------------------------------------------------------------------
+
+    def _put(self, source: Draft | Record) -> Kept:
+        key, segment = source.key, source.segment
+        connection = self._connection(segment.tenant)
+        with self._guarded():
+            if not connection.shares_memory:
+                record = source if isinstance(source, Record) else source.write(empty(source.nbytes))
+                reply, _ = connection.call(p.Put(key), record.data)
+            else:
+                reply = self._written(connection, source)
+        with self._lock:
+            self._remember(key, segment.tenant)
+        if reply["stored"]:
+            return Kept(stored=True)
+        return self._counts.refused(str(reply["reason"]))
+
+    def _written(self, connection: Connection, source: Draft | Record) -> dict[str, Any]:
+        """Reserve, write, commit."""
+        reply, _ = connection.call(p.Reserve(source.key, source.nbytes, source.segment.cost_ms))
+        if "stored" in reply:
+            return reply
+        window, epoch = connection.window, connection.epoch
+        assert window is not None
+        keep = False
+        try:
+            target = window.write(reply["offset"], source.nbytes)
+            if isinstance(source, Draft):
+                source.write(target)
+            else:
+                target[:] = source.data
+            keep = True
+        finally:
+            if connection.epoch == epoch:
+                reply, _ = connection.call(p.Commit(reply["generation"], keep))
+        return reply
+
+    def _received(
+        self, connection: Connection, reply: Mapping[str, Any], body: Bytes | None, *, hold: bool = False
+    ) -> dict[str, Record]:
+        """The records of a reply, every byte verified; the server is told of those that are damaged."""
+        found: dict[str, Record] = {}
+        damaged: list[str] = []
+        for key, data in self._pieces(connection, reply["objects"], body):
+            record = Record(data)
+            if self._counts.sound(record, key):
+                found[key] = record
+            else:
+                damaged.append(key)
+        with self._lock:
+            for key, record in found.items():
+                self._remember(key, connection.tenant)
+                if hold:
+                    self._held[key] = record
+            while len(self._held) > HELD:
+                self._held.popitem(last=False)
+        if damaged:
+            with self._guarded():
+                connection.call(p.Remove(damaged, damaged=True))
+        return found
+
+    def _pieces(
+        self, connection: Connection, objects: Iterable[tuple[str, int, int, int]], body: Bytes | None
+    ) -> Iterator[tuple[str, Bytes]]:
+        window, start = connection.window, 0
+        for key, offset, nbytes, generation in objects:
+            if window is not None:
+                # Of a memoryview, not of an array: numpy makes what is cut from this array refer to it, and not past it.
+                data = np.frombuffer(window.read(offset, nbytes).data, np.uint8)
+                weakref.finalize(data, connection.let_go, connection.epoch, generation).atexit = False
+            elif body is None or start + nbytes > body.nbytes:
+                raise Unreachable("malformed", f"{connection.address} announces more bytes than it sends")
+            else:
+                data = body[start : start + nbytes]
+                if data.ctypes.data % 64:
+                    data = empty(nbytes)
+                    data[:] = body[start : start + nbytes]
+                start += nbytes
+            yield key, data
+
+    def _connection(self, tenant: str) -> Connection:
+        if self.tenant not in (None, tenant):
+            raise Unreachable("other-tenant", f"this store is tenant {self.tenant!r}'s; {tenant!r} asks")
+        with self._lock:
+            connection = self._connections.get(tenant)
+            if connection is None:
+                connection = self._connections[tenant] = Connection(self.address, tenant, **self._options)
+            self._connections.move_to_end(tenant)
+            if len(self._connections) > CONNECTIONS:
+                self._connections.popitem(last=False)[1].close()
+        return connection
+
+    def _tenant_of(self, key: str) -> str:
+        return self._tenants.get(key, self.tenant or "")
+
+    def _remember(self, key: str, tenant: str) -> None:
+        self._tenants[key] = tenant
+        self._tenants.move_to_end(key)
+        while len(self._tenants) > 1 << 16:
+            self._tenants.popitem(last=False)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Inside, faults are counted; after some in a row the server is not asked for a while."""
+        if not self._breaker.closed():
+            self._counts.fault("breaker-open")
+            raise Unreachable("breaker-open", f"{self.address} failed {self._breaker.failures} times in a row")
+        try:
+            yield
+        except Unreachable as fault:
+            self._counts.fault(fault.reason)
+            if fault.reason in ("deadline", "unreachable"):
+                self._breaker.failed()
+            raise
+        self._breaker.worked()
+
+
+class ServerIndex:
+    """An `Index` of what the server keeps. Nothing is indexed here."""
+
+    def __init__(self, store: ServerStore) -> None:
+        self._store = store
+        self._added: OrderedDict[str, None] = OrderedDict()  # lately, by this process
+
+    def look(
+        self,
+        ids: Ids,
+        *,
+        fingerprint: str,
+        tenant: str = "",
+        same_tables: Callable[[int], bool] = lambda length: True,
+        ms_per_token: float | None = None,
+    ) -> Found:
+        """Waits for others who are computing the same text, if that is worth it. Raises CacheFault."""
+        sent = np.ascontiguousarray(ids, dtype="<i4").tobytes()
+        request = p.Find(fingerprint, sent, ms_per_token, self._store.wait_ms, lease=True)
+        reply, records = self._store.find(tenant, request)
+        matches = []
+        for start, end, key, offset, exact in reply["matches"]:
+            record = records.get(key)
+            if record is None or not 0 <= start < end <= len(ids):
+                continue
+            segment = record.segment
+            if not np.array_equal(segment.ids[offset : offset + end - start], ids[start:end]):
+                self._store.remove(key)
+                continue
+            exact = exact and same_tables(segment.length) and _stands_there(segment, ids, start, offset)
+            matches.append(Match(start, end, segment, offset, exact))
+        return Found(matches, dict(reply["declined"]), reply["waited_ms"], reply["flight"])
+
+    def add(self, segment: Segment) -> tuple[str, ...]:
+        """The server has indexed it, when it was put."""
+        self._added[segment.key] = None
+        while len(self._added) > 1 << 12:
+            self._added.popitem(last=False)
+        return ()
+
+    def remove(self, key: str) -> bool:
+        """What the store removes, its index forgets."""
+        return self._added.pop(key, self) is not self
+
+    def land(self, flight: int, tenant: str = "") -> None:
+        """What a prompt computed is kept now, or never will be: nobody waits for it any more, and what it found is let go."""
+        self._store.drop()
+        self._store.call(tenant, p.Land(flight))
+
+    def awaited(self, flight: int, tenant: str = "") -> bool:
+        """Does anybody wait for what this prompt computes?"""
+        return bool(self._store.call(tenant, p.Awaited(flight))[0]["awaited"])
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._added
+
+
+def _stands_there(segment: Segment, ids: Ids, start: int, offset: int) -> bool:
+    """Does the run stand at its old place, behind the same tokens?"""
+    return (
+        segment.exact
+        and segment.start + offset == start
+        and np.array_equal(ids[:start], np.concatenate([segment.context, segment.ids[:offset]]))
+    )

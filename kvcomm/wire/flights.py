@@ -1,0 +1,131 @@
+"""Single flight: who is computing which text now, so that others who need it can wait instead of computing it once more.
+
+A flight is a prompt that is being served, with the runs of it that nobody knew. It lands when its client has kept them, or is
+gone, or after a bound. Knows token ids and clocks, nothing of KV or sockets. Belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+
+from kvcomm.matching import Match, TextIndex
+from kvcomm.segments import Ids, Segment
+
+__all__ = ["Ahead", "Flights"]
+
+LIMIT_S = 120.0  # a flight lands after this time whatever its client does
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Somebody computes text of a prompt already."""
+
+    landed: asyncio.Event
+    tokens: int  # of the prompt, that nobody has kept yet
+
+
+@dataclass(eq=False)
+class _Flight:
+    number: int
+    owner: object
+    since: float
+    segments: tuple[Segment, ...]
+    landed: asyncio.Event = field(default_factory=asyncio.Event)
+    awaited: int = 0
+
+
+class Flights:
+    """All flights of a server. `least`: tokens of the shortest run worth waiting for."""
+
+    def __init__(self, least: int = 16, clock: Callable[[], float] = monotonic) -> None:
+        self._least, self._clock = least, clock
+        self._index = TextIndex(min_run=least, variants=64)
+        self._flights: dict[int, _Flight] = {}
+        self._of: dict[str, _Flight] = {}  # by a segment's key
+        self._numbers = 0
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def take_off(self, owner: object, ids: Ids, known: Sequence[Match], fingerprint: str, tenant: str) -> int:
+        """A prompt is being served for `owner`; what `known` does not cover of it will be computed. Its flight's number."""
+        self._expire()
+        self._numbers += 1
+        segments = []
+        for start, end in _gaps(len(ids), known, self._least):
+            segment = Segment(ids[start:end].copy(), ids[:start].copy(), fingerprint, tenant)
+            if segment.key not in self._of and segment.key not in self._index.add(segment):
+                segments.append(segment)
+        flight = _Flight(self._numbers, owner, self._clock(), tuple(segments))
+        self._flights[flight.number] = flight
+        self._of |= {segment.key: flight for segment in segments}
+        return flight.number
+
+    def ahead(self, ids: Ids, known: Sequence[Match], fingerprint: str, tenant: str, before: int | None = None) -> Ahead | None:
+        """The first flight that computes text of this prompt which `known` does not cover; of those that took off earlier than
+        `before`, so that nobody waits in a circle.
+        """
+        if not self._of:
+            return None
+        self._expire()
+        gaps = _gaps(len(ids), known, self._least)
+        tokens: dict[int, int] = {}
+        for match in self._index.find(ids, fingerprint=fingerprint, tenant=tenant):
+            number = self._of[match.segment.key].number
+            shared = sum(max(0, min(b, match.end) - max(a, match.start)) for a, b in gaps)
+            if shared >= self._least and (before is None or number < before):
+                tokens[number] = tokens.get(number, 0) + shared
+        if not tokens:
+            return None
+        first = self._flights[min(tokens)]
+        return Ahead(first.landed, tokens[first.number])
+
+    def awaited(self, number: int) -> bool:
+        """Does anybody wait for it?"""
+        return number in self._flights and self._flights[number].awaited > 0
+
+    async def wait(self, ahead: Ahead, seconds: float) -> None:
+        """Until it has landed, or so long."""
+        flight = next((f for f in self._flights.values() if f.landed is ahead.landed), None)
+        if flight is None:
+            return
+        flight.awaited += 1
+        try:
+            await asyncio.wait_for(flight.landed.wait(), seconds)
+        except TimeoutError:
+            pass
+        finally:
+            flight.awaited -= 1
+
+    def land(self, number: int, owner: object) -> None:
+        """What it computed is kept now, or never will be. Only its owner's word counts."""
+        flight = self._flights.get(number)
+        if flight is not None and flight.owner is owner:
+            self._end(flight)
+
+    def leave(self, owner: object) -> None:
+        """The owner is gone."""
+        for flight in [f for f in self._flights.values() if f.owner is owner]:
+            self._end(flight)
+
+    def _end(self, flight: _Flight) -> None:
+        del self._flights[flight.number]
+        for segment in flight.segments:
+            self._index.remove(segment.key)
+            self._of.pop(segment.key, None)
+        flight.landed.set()
+
+    def _expire(self) -> None:
+        for flight in list(self._flights.values()):  # the oldest first
+            if self._clock() - flight.since < LIMIT_S:
+                break
+            self._end(flight)
+
+
+def _gaps(length: int, known: Sequence[Match], least: int) -> list[tuple[int, int]]:
+    """Runs of at least `least` tokens that no match covers; matches are disjoint and in order."""
+    edges = [0, *(edge for match in known for edge in (match.start, match.end)), length]
+    return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a >= least]

@@ -1,0 +1,195 @@
+"""What a server knows: the KV of a host in shared memory, the tiers below it, and where its text is found.
+
+Plain calls from any thread; the ones that `blocking` names may wait for a disk or a network. Knows nothing of sockets or clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from kvcomm.matching import Index, Match, TextIndex
+from kvcomm.segments import Ids, Segment
+from kvcomm.store.base import Kept, StoreStats
+from kvcomm.store.record import Record, Unreadable
+from kvcomm.store.records import RecordStore
+from kvcomm.store.slabs import SlabStore, Slot
+from kvcomm.store.tiered import Tiered
+
+__all__ = ["NOT_FOUND_AGAIN", "OTHER_TENANT", "Library", "Shelved"]
+
+OTHER_TENANT = "other-tenant"  # the record is not of the tenant that its client is bound to
+NOT_FOUND_AGAIN = "too-short-to-find"  # no prompt would ever find it
+MEMORY_FULL = "memory-full"  # known, but there is no memory to lease it in
+ATTEMPTS = 8  # searches of one prompt, while others remove what was found
+
+
+@dataclass(frozen=True)
+class Shelved:
+    """Known runs of a prompt, and where their KV lies: pinned once per slot, for the caller to unpin."""
+
+    matches: list[Match]
+    slots: list[Slot]
+    declined: dict[str, int] = field(default_factory=dict)  # why known text is left out -> tokens
+
+
+class Library:
+    """Owns the tiers. `lower`: what is below the memory; `write`: when it gets what clients put (see `Tiered`)."""
+
+    def __init__(
+        self,
+        slabs: SlabStore,
+        lower: RecordStore | None = None,
+        index: Index | None = None,
+        write: Literal["through", "back"] = "through",
+    ) -> None:
+        self.slabs, self.lower = slabs, lower
+        self.stack: RecordStore = slabs if lower is None else Tiered(slabs, lower, write=write)
+        self.index: Index = TextIndex() if index is None else index
+        self._remote = not isinstance(self.index, TextIndex)
+
+    def blocking(self, ids: Ids | None = None, keys: Iterable[str] = ()) -> bool:
+        """May finding these, or getting those, take longer than a moment?"""
+        if ids is not None and (self._remote or len(ids) > 1 << 13):
+            return True
+        return self.lower is not None and (ids is not None or len(self.slabs.has(keys)) < len(set(keys)))
+
+    def find(self, tenant: str, fingerprint: str, ids: Ids, ms_per_token: float | None) -> Shelved:
+        """Known runs whose KV is in memory now. What no tier holds any more is forgotten on the way."""
+        for _ in range(ATTEMPTS):
+            found = self.index.look(ids, fingerprint=fingerprint, tenant=tenant, ms_per_token=ms_per_token)
+            tokens: dict[str, int] = {}
+            for match in found.matches:
+                tokens[match.segment.key] = tokens.get(match.segment.key, 0) + match.tokens
+            slots, missing = self._pinned(tokens)
+            reasons: dict[str, str] = {}
+            if missing and isinstance(self.stack, Tiered):
+                price = float("inf") if ms_per_token is None else ms_per_token
+                loaded, reasons = self.stack.get_worth({key: price * tokens[key] for key in missing})
+                again, left = self._pinned(loaded)
+                slots |= again
+                reasons |= dict.fromkeys(left, MEMORY_FULL)
+                missing = [key for key in missing if key not in slots and key not in reasons]
+            if not missing:
+                declined = dict(found.declined)
+                for key, reason in reasons.items():
+                    declined[reason] = declined.get(reason, 0) + tokens[key]
+                return Shelved([m for m in found.matches if m.segment.key in slots], list(slots.values()), declined)
+            for key in missing:
+                self.index.remove(key)
+            self.unpin(slots.values())
+        return Shelved([], [])
+
+    def get(self, tenant: str, keys: Sequence[str]) -> list[Slot]:
+        """Those of these that the tenant has, in memory now; each pinned for the caller to unpin."""
+        slots, missing = self._pinned(dict.fromkeys(keys))
+        if missing and self.lower is not None:
+            slots |= self._pinned(self.stack.get_records(missing))[0]
+        theirs = [slot for slot in slots.values() if self._tenant_of(slot.key) != tenant]
+        self.unpin(theirs)
+        return [slot for slot in slots.values() if slot not in theirs]
+
+    def unpin(self, slots: Iterable[Slot]) -> None:
+        for slot in slots:
+            self.slabs.unpin(slot.generation)
+
+    def has(self, keys: Sequence[str]) -> set[str]:
+        return self.stack.has(keys)
+
+    def reserve(self, tenant: str, key: str, nbytes: int, cost_ms: float | None) -> Slot | Kept:
+        """Memory to write a record to; or what is to be said instead: it is kept already, or cannot be."""
+        reserved = self.slabs.reserve(key, nbytes, tenant, cost_ms)
+        if self.lower is None:  # else they are still below, or are forgotten when they are looked for
+            self._forget(reserved.evicted)
+        return reserved
+
+    def commit(self, tenant: str, generation: int) -> Kept:
+        """A reserved record is written. May take as long as the tiers below take to write it."""
+        kept = self.slabs.commit(generation)
+        if not kept or kept.key is None:
+            return kept
+        record = self.slabs.record(kept.key)
+        if record is None:  # evicted already
+            return kept
+        try:
+            reason = OTHER_TENANT if record.tenant != tenant else self._indexed(record.segment)
+        except Unreadable as fault:
+            reason = fault.reason
+        if reason is not None:
+            self.slabs.remove(kept.key)
+            return Kept(stored=False, reason=reason)
+        if isinstance(self.stack, Tiered):
+            self.stack.write_down(record)
+        return kept
+
+    def put(self, tenant: str, record: Record) -> Kept:
+        """A record as bytes, from a client that shares no memory with us."""
+        if record.tenant != tenant:
+            return Kept(stored=False, reason=OTHER_TENANT)
+        record.verify(record.segment.key)
+        kept = self.stack.put_record(record)
+        if self.lower is None:
+            self._forget(kept.evicted)
+        if kept and (reason := self._indexed(record.segment)) is not None:
+            self.stack.remove(record.key)
+            return Kept(stored=False, reason=reason)
+        return kept
+
+    def remove(self, tenant: str, keys: Iterable[str]) -> int:
+        """Forget what the tenant has of these; how many there were."""
+        count = 0
+        for key in keys:
+            if self._tenant_of(key) in (tenant, None):
+                self.index.remove(key)
+                count += self.stack.remove(key)
+        return count
+
+    def restore(self, segments: Iterable[Segment]) -> int:
+        """Knows the text of what the tiers below have kept since the last time; how many there are."""
+        return sum(segment.key not in self.index.add(segment) for segment in segments)
+
+    def segments(self, tenant: str) -> list[Segment]:
+        """The tenant's, in memory or below."""
+        return [segment for segment in self.stack.segments() if segment.tenant == tenant]
+
+    def stats(self) -> dict[str, StoreStats]:
+        """By tier, from the front."""
+        tiers = self.stack.tiers() if isinstance(self.stack, Tiered) else [self.stack]
+        return {tier.name: tier.stats() for tier in tiers}
+
+    def close(self) -> None:
+        self.stack.close()
+
+    def _pinned(self, keys: Iterable[str]) -> tuple[dict[str, Slot], list[str]]:
+        slots: dict[str, Slot] = {}
+        missing: list[str] = []
+        for key in keys:
+            slot = self.slabs.pin(key)
+            if slot is None:
+                missing.append(key)
+            else:
+                slots[key] = slot
+        return slots, missing
+
+    def _tenant_of(self, key: str) -> str | None:
+        record = self.slabs.record(key)
+        return None if record is None else record.tenant
+
+    def _indexed(self, segment: Segment) -> str | None:
+        """Makes its text known; why that cannot be."""
+        lost = self.index.add(segment)
+        for key in lost:
+            self.stack.remove(key)
+        return NOT_FOUND_AGAIN if segment.key in lost else None
+
+    def _forget(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self.index.remove(key)
+
+
+def ids_of(data: bytes) -> Ids:
+    """Token ids as they travel."""
+    return np.frombuffer(data, "<i4").astype(np.int32, copy=False)

@@ -1,0 +1,209 @@
+"""The server of a host: listens, keeps the processes that are connected apart, and ends in good order.
+
+One loop in one thread; a few threads beside it for what waits on disks and networks. The socket is private to the user, and is
+made again where somebody removes it; TCP wants a token for every tenant, and TLS but for the loopback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+import socket
+import ssl
+import struct
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import time
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from kvcomm._version import __version__
+from kvcomm.errors import InputError
+from kvcomm.wire.address import Address
+from kvcomm.wire.flights import Flights
+from kvcomm.wire.library import Library
+from kvcomm.wire.peers import Peers
+from kvcomm.wire.session import Refused, Session
+
+__all__ = ["Server", "ServerCounters"]
+
+THREADS = 4
+WAITING = 256  # calls that may wait for a thread; more are refused
+CONNECTIONS = 1024
+LOOK = 0.5  # s between two looks at the socket's path
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ServerCounters:
+    """What happened since the server started; only grows."""
+
+    connections: int = 0
+    requests: Counter[str] = field(default_factory=Counter)  # by kind
+    malformed: int = 0
+    refused: int = 0
+    faults: int = 0
+    damaged: int = 0  # records that a client found altered
+    waited: int = 0  # requests that waited for another one's text
+    handed_out: int = 0  # records
+    handed_out_bytes: int = 0
+
+
+class Server:
+    """Serves one `Library` at any number of addresses. `tokens`: what a client must say over TCP, by tenant ("*": any)."""
+
+    def __init__(self, library: Library, tokens: Mapping[str, str] | None = None) -> None:
+        self.library, self._tokens = library, dict(tokens or {})
+        self.flights, self.peers = Flights(), Peers(library.slabs, log.info)
+        self.counters = ServerCounters()
+        self.epoch = uuid4().hex  # leases and flights of another epoch mean nothing here
+        self.started = time()
+        self._threads = ThreadPoolExecutor(THREADS, "kvcomm-server")
+        self._waiting = 0
+        self._sessions: set[asyncio.Task[None]] = set()
+        self._listeners: list[asyncio.Server] = []
+        self._watchers: list[asyncio.Task[None]] = []
+
+    @property
+    def most_body(self) -> int:
+        """Bytes of the largest record that can come in a frame."""
+        return int(self.library.slabs.arena.capacity)
+
+    def knows(self, tenant: str, token: str) -> bool:
+        """Is it the token of this tenant?"""
+        wanted = self._tokens.get(tenant, self._tokens.get("*", ""))
+        return bool(wanted) and hmac.compare_digest(wanted.encode(), token.encode())
+
+    async def listen(self, address: Address, tls: ssl.SSLContext | None = None) -> None:
+        """Raises InputError where that cannot be."""
+        if address.path is not None:
+            await self._listen_at(address.path)
+            self._watchers.append(asyncio.create_task(self._keep_at(address.path)))
+            return
+        if not self._tokens:
+            raise InputError(f"{address} needs a token; give --token-file, so that not everybody can read what is kept")
+        if tls is None and address.tls:
+            raise InputError(f"{address} needs a certificate; give --tls-cert and --tls-key")
+        try:
+            self._listeners.append(
+                await asyncio.start_server(self._connected_by_tcp, address.host, address.port, ssl=tls, limit=1 << 18)
+            )
+        except OSError as fault:
+            raise InputError(f"cannot listen at {address}: {fault.strerror}; choose another port") from fault
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """In a thread. Raises Refused where too many wait for one."""
+        if self._waiting >= WAITING:
+            raise Refused(f"busy: {self._waiting} calls wait already")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            self._waiting -= 1
+
+    def status(self) -> dict[str, Any]:
+        """For `kvcomm server status` and the metrics."""
+        c = self.counters
+        return {
+            "kvcomm": __version__,
+            "pid": os.getpid(),
+            "epoch": self.epoch,
+            "uptime_s": time() - self.started,
+            "connections": len(self._sessions),
+            "processes": len(self.peers),
+            "leases": self.peers.leases,
+            "reservations": self.peers.reservations,
+            "flights": len(self.flights),
+            "waiting_calls": self._waiting,
+            "counters": {**vars(c), "requests": dict(c.requests)},
+            "tiers": {
+                name: {**vars(stats), "refused": dict(stats.refused), "faults": dict(stats.faults)}
+                for name, stats in self.library.stats().items()
+            },
+        }
+
+    async def close(self) -> None:
+        """Hangs up on everybody, lets what is being written be written, and gives back what the system lent."""
+        for task in self._watchers:
+            task.cancel()
+        for listener in self._listeners:
+            listener.close()
+        for session in self._sessions:
+            session.cancel()
+        await asyncio.gather(*self._watchers, *self._sessions, return_exceptions=True)
+        self.peers.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown)
+        self.library.close()
+
+    # -- listening --------------------------------------------------------------------------------------------------------
+
+    async def _listen_at(self, path: Path) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.exists():
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(1.0)
+                try:
+                    probe.connect(str(path))
+                except (ConnectionRefusedError, FileNotFoundError):
+                    path.unlink(missing_ok=True)  # its server was killed
+                except OSError as fault:
+                    raise InputError(f"{path} is there and cannot be used: {fault.strerror}; choose another path") from fault
+                else:
+                    raise InputError(f"a server answers at {path} already; stop it, or choose another path with --socket")
+        before = os.umask(0o177)  # private to the user from its first moment
+        try:
+            self._listeners.append(await asyncio.start_unix_server(self._connected, path, limit=1 << 18))
+        except OSError as fault:
+            raise InputError(f"cannot listen at {path}: {fault.strerror}; choose another path with --socket") from fault
+        finally:
+            os.umask(before)
+
+    async def _keep_at(self, path: Path) -> None:
+        """Makes the socket again where somebody removes it."""
+        while True:
+            await asyncio.sleep(LOOK)
+            if not path.exists():
+                log.warning("%s was removed; it is made again", path)
+                with suppress(InputError):
+                    await self._listen_at(path)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        pid, uid, _ = struct.unpack("3i", _credentials(writer))
+        if uid not in (os.getuid(), 0):
+            writer.close()
+            return
+        peer = self.peers.connected(pid)
+        try:
+            await self._serve(Session(self, reader, writer, peer, self.counters.connections))
+        finally:
+            self.peers.left(peer)
+
+    async def _connected_by_tcp(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._serve(Session(self, reader, writer, None, self.counters.connections))
+
+    async def _serve(self, session: Session) -> None:
+        self.counters.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        if len(self._sessions) >= CONNECTIONS:
+            session.hang_up()
+            return
+        self._sessions.add(task)
+        try:
+            await session.run()
+        finally:
+            self._sessions.discard(task)
+
+
+def _credentials(writer: asyncio.StreamWriter) -> bytes:
+    """pid, uid and gid of the process at the other end."""
+    raw = writer.get_extra_info("socket")
+    credentials: bytes = raw.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return credentials

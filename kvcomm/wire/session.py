@@ -1,0 +1,304 @@
+"""One connection of a server: reads frames, answers each request before it reads the next, and hangs up on what is malformed.
+
+What takes long runs in the server's few threads; a client that is slow to send or to read is given up after a bound, and one that
+asks more than can be queued is told that the server is busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgpack
+
+from kvcomm._version import __version__
+from kvcomm.errors import KVCommError
+from kvcomm.store.base import Kept
+from kvcomm.store.record import Record, Unreadable, empty
+from kvcomm.store.slabs import Slot
+from kvcomm.wire import protocol as p
+from kvcomm.wire.library import ids_of
+
+if TYPE_CHECKING:
+    from kvcomm.wire.peers import Peer
+    from kvcomm.wire.server import Server
+
+__all__ = ["FD", "Refused", "Session"]
+
+FD = b"F"  # the byte that the descriptor of the shared memory comes with
+CHUNK = 1 << 20  # bytes of a body that are read or written at a time
+PATIENCE = 30.0  # s for the rest of a frame, and for a client to read
+GREETING = 5.0  # s for a client to say hello
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class Refused(KVCommError):
+    """A request that is understood and not served; the connection goes on."""
+
+
+@dataclass(frozen=True)
+class _Body:
+    """A reply with records in its body, unpinned when they are sent."""
+
+    fields: dict[str, Any]
+    slots: list[Slot]
+
+
+class Session:
+    """`peer`: the process at the other end, where it shares memory with us; None where it does not."""
+
+    def __init__(
+        self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: Peer | None, number: int
+    ) -> None:
+        self._server, self._reader, self._writer, self._peer = server, reader, writer, peer
+        self._library, self._flights = server.library, server.flights
+        self.number, self.tenant = number, ""
+
+    async def run(self) -> None:
+        """Until either side hangs up."""
+        try:
+            if await asyncio.wait_for(self._greeted(), GREETING):
+                while await self._answered():
+                    pass
+        except p.Malformed as fault:
+            self._server.counters.malformed += 1
+            await self._last_words("malformed", str(fault))
+        except (TimeoutError, ConnectionError, asyncio.IncompleteReadError):
+            pass  # it has gone, or is too slow
+        finally:
+            self._flights.leave(self)
+            self._writer.close()
+
+    def hang_up(self) -> None:
+        """At once."""
+        self._writer.close()
+
+    async def _greeted(self) -> bool:
+        """Has it said hello, and may it come in?"""
+        hello, _ = await self._request()
+        if not isinstance(hello, p.Hello):
+            raise p.Malformed(f"a connection begins with hello, not with {hello.op}")
+        reason = None
+        if hello.protocol != p.VERSION:
+            reason = f"protocol {hello.protocol}; this server speaks {p.VERSION} (kvcomm {__version__})"
+        elif self._peer is None and not self._server.knows(hello.tenant, hello.token):
+            reason = "the token is not this tenant's"
+        if reason is not None:
+            await self._last_words("refused", reason)
+            return False
+        self.tenant = hello.tenant
+        arena = self._library.slabs.arena
+        if self._peer is not None:
+            raw = self._writer.get_extra_info("socket")
+            with socket.socket(fileno=raw.dup().detach()) as own:
+                socket.send_fds(own, [FD], [arena.fd])
+        await self._reply(
+            {"protocol": p.VERSION, "kvcomm": __version__, "capacity": arena.capacity, "epoch": self._server.epoch}
+        )
+        return True
+
+    async def _request(self) -> tuple[p.Request, int]:
+        """The next request, and how many bytes of body follow. The other side may think as long as it likes before it speaks."""
+        first = await self._reader.readexactly(1)
+        async with asyncio.timeout(PATIENCE):
+            prefix = first + await self._reader.readexactly(p.PREFIX.size - 1)
+            payload, body = p.lengths(prefix, 0 if self._peer is not None else self._server.most_body)
+            request = p.request_of(await self._reader.readexactly(payload))
+        if body and not isinstance(request, p.Put):
+            raise p.Malformed(f"{request.op} has no body, and came with one of {body} bytes")
+        return request, body
+
+    async def _answered(self) -> bool:
+        """One request; False where it ended the connection in an orderly way."""
+        try:
+            request, body = await self._request()
+        except asyncio.IncompleteReadError as end:
+            if end.partial:
+                raise
+            return False
+        self._server.counters.requests[request.op] += 1
+        try:
+            reply = await self._served(request, body)
+        except (Refused, Unreadable) as refusal:
+            self._server.counters.refused += 1
+            reply = {"error": "refused", "text": str(refusal)}
+        except p.Malformed:
+            raise
+        except ConnectionError:
+            raise
+        except Exception as fault:  # a fault of ours costs this request, not the server
+            log.exception("a request (%s) failed", request.op)
+            self._server.counters.faults += 1
+            reply = {"error": "fault", "text": repr(fault)}
+        if request.replied:
+            await self._reply(reply)
+        return True
+
+    async def _served(self, request: p.Request, body: int) -> dict[str, Any] | _Body:
+        library = self._library
+        match request:
+            case p.Find():
+                return await self._find(request)
+            case p.Get():
+                slots = await self._maybe_slow(
+                    library.blocking(keys=request.keys), lambda: library.get(self.tenant, request.keys)
+                )
+                return self._leased({}, slots)
+            case p.Has():
+                return {"keys": list(await self._maybe_slow(library.lower is not None, lambda: library.has(request.keys)))}
+            case p.Reserve():
+                return self._reserve(request)
+            case p.Commit():
+                return await self._commit(request)
+            case p.Put():
+                return await self._put(request, body)
+            case p.Release():
+                self._release(request)
+            case p.Remove():
+                if request.damaged:
+                    self._server.counters.damaged += len(request.keys)
+                gone = await self._maybe_slow(library.lower is not None, lambda: library.remove(self.tenant, request.keys))
+                return {"removed": gone}
+            case p.Land():
+                self._flights.land(request.flight, self)
+            case p.Awaited():
+                return {"awaited": self._flights.awaited(request.flight)}
+            case p.AddAnchor():
+                add = lambda: self._server.anchors.add(self.tenant, request.entry, request.document)  # noqa: E731  # one use
+                return await self._maybe_slow(True, add)
+            case p.Anchors():
+                return self._server.anchors.since(self.tenant, request.fingerprint, request.version)
+            case p.Stats():
+                return self._server.status()
+            case p.List():
+                found = await self._maybe_slow(True, lambda: library.segments(self.tenant))
+                return _listed(found[request.start : request.start + min(request.count, 1000)], len(found))
+            case _:
+                raise p.Malformed(f"{request.op} in the middle of a conversation")
+        return {}
+
+    # -- requests ---------------------------------------------------------------------------------------------------------
+
+    async def _find(self, request: p.Find) -> dict[str, Any] | _Body:
+        library, ids, loop = self._library, ids_of(request.ids), asyncio.get_running_loop()
+        began, waited, flight = loop.time(), None, None
+        while True:
+            found = await self._maybe_slow(
+                library.blocking(ids), lambda: library.find(self.tenant, request.fingerprint, ids, request.ms_per_token)
+            )
+            ahead = self._flights.ahead(ids, found.matches, request.fingerprint, self.tenant, flight)
+            if flight is None:
+                flight = self._flights.take_off(self, ids, found.matches, request.fingerprint, self.tenant)
+            left = 0.0
+            if ahead is not None:
+                price = float("inf") if request.ms_per_token is None else request.ms_per_token * ahead.tokens
+                left = began + min(request.wait_ms, price) / 1e3 - loop.time()
+            if ahead is None or left <= 0:
+                break
+            library.unpin(found.slots)
+            await self._flights.wait(ahead, left)
+            waited = (loop.time() - began) * 1e3
+        if waited is not None:
+            self._server.counters.waited += 1
+        fields = {
+            "matches": [[m.start, m.end, m.segment.key, m.offset, m.exact] for m in found.matches],
+            "declined": found.declined,
+            "waited_ms": waited,
+            "flight": flight,
+        }
+        if not request.lease:
+            library.unpin(found.slots)
+            return {**fields, "objects": []}
+        return self._leased(fields, found.slots)
+
+    def _leased(self, fields: dict[str, Any], slots: list[Slot]) -> dict[str, Any] | _Body:
+        """The reply that hands these out: as places in shared memory, or as bytes."""
+        self._server.counters.handed_out += len(slots)
+        self._server.counters.handed_out_bytes += sum(slot.nbytes for slot in slots)
+        if self._peer is None:
+            return _Body({**fields, "objects": [[s.key, 0, s.nbytes, 0] for s in slots]}, slots)
+        for slot in slots:
+            self._server.peers.lease(self._peer, slot.generation)
+        return {**fields, "objects": [[s.key, s.offset, s.nbytes, s.generation] for s in slots]}
+
+    def _reserve(self, request: p.Reserve) -> dict[str, Any]:
+        if self._peer is None:
+            raise Refused("only a process of this host can write to the server's memory; put the record instead")
+        reserved = self._library.reserve(self.tenant, request.key, request.nbytes, request.cost_ms)
+        if isinstance(reserved, Kept):
+            return {"stored": reserved.stored, "reason": reserved.reason}
+        self._peer.reserved.add(reserved.generation)
+        return {"offset": reserved.offset, "generation": reserved.generation}
+
+    async def _commit(self, request: p.Commit) -> dict[str, Any]:
+        if self._peer is None or request.generation not in self._peer.reserved:
+            raise Refused(f"{request.generation} was not reserved by this process")
+        self._peer.reserved.discard(request.generation)
+        if not request.keep:
+            self._library.slabs.abort(request.generation)
+            return {"stored": False, "reason": "aborted"}
+        kept = await self._maybe_slow(
+            self._library.lower is not None, lambda: self._library.commit(self.tenant, request.generation)
+        )
+        return {"stored": kept.stored, "reason": kept.reason}
+
+    async def _put(self, request: p.Put, body: int) -> dict[str, Any]:
+        data = empty(body)
+        read = 0
+        async with asyncio.timeout(PATIENCE + body / 1e6):  # a client that sends less than 1 MB/s is given up
+            while read < body:
+                piece = await self._reader.read(min(CHUNK, body - read))
+                if not piece:
+                    raise ConnectionError("hung up in the middle of a body")
+                data[read : read + len(piece)] = memoryview(piece)
+                read += len(piece)
+        record = Record(data)
+        if record.key != request.key:
+            raise Refused(f"a record of {record.key} in place of {request.key}")
+        kept = await self._maybe_slow(True, lambda: self._library.put(self.tenant, record))
+        return {"stored": kept.stored, "reason": kept.reason}
+
+    def _release(self, request: p.Release) -> None:
+        if self._peer is not None:
+            for generation in request.generations:
+                self._server.peers.release(self._peer, generation)
+
+    # -- the connection ---------------------------------------------------------------------------------------------------
+
+    async def _maybe_slow(self, slow: bool, work: Callable[[], T]) -> T:
+        """In one of the server's threads where it may take longer than a moment."""
+        return await self._server.run(work) if slow else work()
+
+    async def _reply(self, reply: dict[str, Any] | _Body) -> None:
+        fields, slots = (reply.fields, reply.slots) if isinstance(reply, _Body) else (reply, [])
+        try:
+            self._writer.write(p.frame(msgpack.packb(fields), sum(slot.nbytes for slot in slots)))
+            async with asyncio.timeout(PATIENCE):
+                await self._writer.drain()
+            for slot in slots:
+                view = self._library.slabs.arena.view(slot.offset, slot.nbytes)
+                for start in range(0, slot.nbytes, CHUNK):
+                    self._writer.write(view[start : start + CHUNK].data)
+                    async with asyncio.timeout(PATIENCE):
+                        await self._writer.drain()
+        finally:
+            self._library.unpin(slots)
+
+    async def _last_words(self, error: str, text: str) -> None:
+        try:
+            await self._reply({"error": error, "text": text})
+        except (TimeoutError, ConnectionError):
+            pass
+
+
+def _listed(segments: list[Any], count: int) -> dict[str, Any]:
+    """What a person wants to know of segments; never their text."""
+    return {
+        "segments": [[s.key, s.fingerprint, s.producer, len(s.ids), s.start, s.exact, s.alone, s.cost_ms] for s in segments],
+        "count": count,
+    }

@@ -83,13 +83,13 @@ class Catalog:
 
     def admit(self, entry: Entry) -> tuple[str, ...]:
         """Take in what the folder holds already, and tell no journal. Returns who has to leave it, perhaps itself."""
-        room = self.room(entry)
-        if not room:
+        victims = self.book.victims(entry.nbytes, entry.tenant)
+        if victims is None:
             return (entry.key,)
-        self._replace(room.evicted, entry)
+        self._replace(victims, entry)
         for _ in range(min(entry.uses, _MOST_USES) - 1):
             self.book.use(entry.key)
-        return room.evicted
+        return tuple(victims)
 
     def put(self, entry: Entry, victims: tuple[str, ...]) -> None:
         """Tell the journal of it and of who leaves for it, then do it. Raises OSError: then nothing has changed."""
@@ -164,12 +164,10 @@ def digest(record: Record) -> int:
 def replayed(lines: Iterable[Any]) -> Iterator[Entry]:
     """What a journal says is kept, what was used last at the end."""
     entries: dict[str, Entry] = {}
-    for kind, key, *facts in lines:
+    for kind, *facts in lines:
+        entry = entries.pop(facts[0], None)
         if kind == "+":
-            entries.pop(key, None)
-            entries[key] = Entry(key, *facts)
-        elif key in entries:
-            entry = entries.pop(key)
-            if kind == "u":
-                entries[key] = entry._replace(uses=facts[0])
+            entries[facts[0]] = Entry._make(facts)
+        elif kind == "u" and entry:
+            entries[entry.key] = entry._replace(uses=facts[1])
     return iter(entries.values())

@@ -71,7 +71,7 @@ def read(path: Path) -> Contents:
                 break
             continue
         damaged += at != end
-        entries.append(msgpack.unpackb(view[at + _FRAME.size : stop]))
+        entries.append(msgpack.unpackb(view[at + _FRAME.size : stop], use_list=False))
         at = end = stop
     return Contents(entries, end, damaged, len(data) - end, seed)
 

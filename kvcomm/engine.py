@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["KVComm", "Output", "Prompt", "Rule", "Who"]
 
 Prompt = str | Sequence[Mapping[str, str]]
+WORTH_WAITING = 128  # tokens; who computes fewer is not asked to hand them over before the answer
 ROOM = 256  # new tokens that a cache has room for from the start; it grows
 NOBODY_KNOWS = "nobody knows who asks: acting() is open, and this thread was started without its context"
 log = logging.getLogger(__name__)
@@ -449,7 +450,9 @@ class KVComm:
         """Another process waits for what this prompt has just computed: it gets it now, not after the answer."""
         found, who = request.found, request.who
         try:
-            if found is not None and found.flight is not None and self.index.awaited(found.flight, who.tenant):
+            if found is None or found.flight is None or len(plan.recompute) < WORTH_WAITING:
+                return
+            if self.index.awaited(found.flight, who.tenant):
                 self._learner.learn_prompt(request.ids, plan, cache, who.agent, who.tenant)
                 self._land(request)
         except Exception as fault:  # noqa: BLE001  # others go dense; this answer goes on

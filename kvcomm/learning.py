@@ -14,7 +14,7 @@ import torch
 
 from kvcomm.answers import Alignment, align
 from kvcomm.config import Config
-from kvcomm.matching import TextIndex
+from kvcomm.matching import Index
 from kvcomm.segments import Ids, Plan, Segment, Span
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ __all__ = ["Learner"]
 class Learner:
     """Writes segments to the store and the index, and keeps the two in step."""
 
-    def __init__(self, backend: Backend, store: Store, index: TextIndex, config: Config) -> None:
+    def __init__(self, backend: Backend, store: Store, index: Index, config: Config) -> None:
         self.backend, self.store, self.index, self.config = backend, store, index, config
 
     def learn_prompt(
@@ -52,8 +52,8 @@ class Learner:
             self._keep(replace(segment, cost_ms=cost), cache, plan.length)
 
     def learn_answer(self, ids: Ids, plan: Plan, cache: SpanCache, result: Any, producer: str, tenant: str) -> None:
-        """Deposits the answer of `result` (a tensor [rows, prompt + new] or an output record that holds one) to a prompt. With a
-        record the cache is the caller's too, and only read. Raises CacheFault where the store refuses.
+        """Deposits the answer of `result` to a prompt: a tensor [rows, prompt + new], or an output record that holds one; then the
+        cache is the caller's too, and only read. Raises CacheFault where the store refuses.
         """
         ours = isinstance(result, torch.Tensor)
         sequences = result if ours else result.sequences

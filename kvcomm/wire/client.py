@@ -3,9 +3,9 @@
     store = ServerStore("unix:/run/user/1000/kvcomm.sock")
     comm = KVComm.from_pretrained(model, store=store)
 
-One prompt costs one round trip: `index.look` finds the known text, and leases its KV on the way. On the server's host KV is read
-and written in shared memory; elsewhere it travels. Everything that is read is verified here. What goes wrong is raised as
-CacheFault, which an engine turns into a dense answer; after failures in a row the server is left alone for a while.
+One prompt costs one round trip: `index.look` finds the known text and leases its KV on the way. On the server's host KV is read
+and written in shared memory; elsewhere it travels. All that is read is verified here. What goes wrong is raised as CacheFault,
+which an engine turns into a dense answer; after failures in a row the server is left alone for a while.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
+from time import monotonic
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +24,7 @@ import numpy as np
 from kvcomm.matching import Found, Match
 from kvcomm.segments import Ids, Segment, SegmentKV
 from kvcomm.store.base import Kept, StoreStats, check_kv
-from kvcomm.store.guarded import Breaker
+from kvcomm.store.breaker import Breaker, Open
 from kvcomm.store.record import Bytes, Draft, Record, empty
 from kvcomm.store.records import Counts, RecordStore
 from kvcomm.wire import protocol as p
@@ -39,8 +40,8 @@ CONNECTIONS = 64  # tenants with a connection of their own; the one not used for
 class ServerStore(RecordStore):
     """A `Store` that a server keeps, and `index`, which knows the text of all that it keeps. Safe to call from several threads.
 
-    `tenant`: the only one that may use it; None: any, with a connection each. `deadline_s` bounds every call; only a prompt that
-    waits for another one's text (`wait_ms`) takes longer, by so much.
+    `tenant`: the only one that may use it; None: any, with a connection each. `deadline_s` bounds every call; only a prompt
+    that waits for another one's text (`wait_ms`) takes longer, by so much.
     """
 
     name: ClassVar[str] = "server"
@@ -65,7 +66,7 @@ class ServerStore(RecordStore):
         self._held: OrderedDict[str, Record] = OrderedDict()  # found, not read yet
         self._tenants: OrderedDict[str, str] = OrderedDict()  # key -> tenant, of what was found or put lately
         self._counts = Counts()
-        self._breaker = Breaker()
+        self._breaker = Breaker(monotonic, first_s=0.1, longest_s=5.0)
         self._lock = Lock()
         self.index = ServerIndex(self)
 
@@ -260,17 +261,21 @@ class ServerStore(RecordStore):
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         """Inside, faults are counted; after some in a row the server is not asked for a while."""
-        if not self._breaker.closed():
-            self._counts.fault("breaker-open")
-            raise Unreachable("breaker-open", f"{self.address} failed {self._breaker.failures} times in a row")
+        other: Unreachable | None = None  # the server is there, and does not do this
         try:
-            yield
-        except Unreachable as fault:
-            self._counts.fault(fault.reason)
-            if fault.reason in ("deadline", "unreachable"):
-                self._breaker.failed()
-            raise
-        self._breaker.worked()
+            with self._breaker.attempt():
+                try:
+                    yield
+                except Unreachable as fault:
+                    self._counts.fault(fault.reason)
+                    if fault.reason in ("deadline", "unreachable"):
+                        raise
+                    other = fault
+        except Open as wait:
+            self._counts.fault("breaker-open")
+            raise Unreachable("breaker-open", f"{self.address} failed several times in a row; {wait}") from None
+        if other is not None:
+            raise other
 
 
 class ServerIndex:

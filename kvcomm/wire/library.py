@@ -1,10 +1,11 @@
 """What a server knows: the KV of a host in shared memory, the tiers below it, and where its text is found.
 
-Plain calls from any thread; the ones that `blocking` names may wait for a disk or a network. Knows nothing of sockets or clients.
+Plain calls from any thread, which may wait for a disk or a network where they say so. Knows nothing of sockets or clients.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,6 +25,7 @@ __all__ = ["NOT_FOUND_AGAIN", "OTHER_TENANT", "Library", "Shelved"]
 OTHER_TENANT = "other-tenant"  # the record is not of the tenant that its client is bound to
 NOT_FOUND_AGAIN = "too-short-to-find"  # no prompt would ever find it
 MEMORY_FULL = "memory-full"  # known, but there is no memory to lease it in
+QUICK = 1 << 13  # tokens that are searched for in a moment
 ATTEMPTS = 8  # searches of one prompt, while others remove what was found
 
 
@@ -51,37 +53,52 @@ class Library:
         self.index: Index = TextIndex() if index is None else index
         self._remote = not isinstance(self.index, TextIndex)
 
-    def blocking(self, ids: Ids | None = None, keys: Iterable[str] = ()) -> bool:
-        """May finding these, or getting those, take longer than a moment?"""
-        if ids is not None and (self._remote or len(ids) > 1 << 13):
-            return True
-        return self.lower is not None and (ids is not None or len(self.slabs.has(keys)) < len(set(keys)))
+    @property
+    def slow(self) -> bool:
+        """May calls take longer than a moment, as they reach below the memory?"""
+        return self.lower is not None
+
+    def find_now(self, tenant: str, fingerprint: str, ids: Ids) -> Shelved | None:
+        """As `find`, in a moment; None where that cannot be."""
+        if self._remote or len(ids) > QUICK:
+            return None
+        found = self.index.look(ids, fingerprint=fingerprint, tenant=tenant)
+        slots, missing = self._pinned(dict.fromkeys(match.segment.key for match in found.matches))
+        if not missing:
+            return Shelved(found.matches, list(slots.values()))
+        self.unpin(slots.values())
+        return None
 
     def find(self, tenant: str, fingerprint: str, ids: Ids, ms_per_token: float | None) -> Shelved:
-        """Known runs whose KV is in memory now. What no tier holds any more is forgotten on the way."""
+        """Known runs whose KV is in memory now, or can be brought there in less time than computing them takes. What no tier
+        holds any more is forgotten on the way.
+        """
         for _ in range(ATTEMPTS):
             found = self.index.look(ids, fingerprint=fingerprint, tenant=tenant, ms_per_token=ms_per_token)
-            tokens: dict[str, int] = {}
+            tokens: Counter[str] = Counter()
             for match in found.matches:
-                tokens[match.segment.key] = tokens.get(match.segment.key, 0) + match.tokens
+                tokens[match.segment.key] += match.tokens
             slots, missing = self._pinned(tokens)
-            reasons: dict[str, str] = {}
-            if missing and isinstance(self.stack, Tiered):
-                price = float("inf") if ms_per_token is None else ms_per_token
-                loaded, reasons = self.stack.get_worth({key: price * tokens[key] for key in missing})
-                again, left = self._pinned(loaded)
-                slots |= again
-                reasons |= dict.fromkeys(left, MEMORY_FULL)
-                missing = [key for key in missing if key not in slots and key not in reasons]
-            if not missing:
-                declined = dict(found.declined)
+            price = float("inf") if ms_per_token is None else ms_per_token
+            loaded, reasons = self._loaded({key: price * tokens[key] for key in missing})
+            slots |= loaded
+            gone = [key for key in missing if key not in slots and key not in reasons]
+            if not gone:
+                declined = Counter(found.declined)
                 for key, reason in reasons.items():
-                    declined[reason] = declined.get(reason, 0) + tokens[key]
-                return Shelved([m for m in found.matches if m.segment.key in slots], list(slots.values()), declined)
-            for key in missing:
-                self.index.remove(key)
+                    declined[reason] += tokens[key]
+                return Shelved([m for m in found.matches if m.segment.key in slots], list(slots.values()), dict(declined))
+            self._forget(gone)
             self.unpin(slots.values())
         return Shelved([], [])
+
+    def _loaded(self, prices: dict[str, float]) -> tuple[dict[str, Slot], dict[str, str]]:
+        """What the tiers below have of these, in memory now; and why others, which they have too, are not."""
+        if not prices or not isinstance(self.stack, Tiered):
+            return {}, {}
+        records, reasons = self.stack.get_worth(prices)
+        slots, left = self._pinned(records)
+        return slots, reasons | dict.fromkeys(left, MEMORY_FULL)
 
     def get(self, tenant: str, keys: Sequence[str]) -> list[Slot]:
         """Those of these that the tenant has, in memory now; each pinned for the caller to unpin."""
@@ -102,24 +119,21 @@ class Library:
     def reserve(self, tenant: str, key: str, nbytes: int, cost_ms: float | None) -> Slot | Kept:
         """Memory to write a record to; or what is to be said instead: it is kept already, or cannot be."""
         reserved = self.slabs.reserve(key, nbytes, tenant, cost_ms)
-        if self.lower is None:  # else they are still below, or are forgotten when they are looked for
-            self._forget(reserved.evicted)
+        self._forget(self._lost(reserved.evicted))
         return reserved
 
-    def commit(self, tenant: str, generation: int) -> Kept:
+    def commit(self, tenant: str, key: str, generation: int) -> Kept:
         """A reserved record is written. May take as long as the tiers below take to write it."""
         kept = self.slabs.commit(generation)
-        if not kept or kept.key is None:
-            return kept
-        record = self.slabs.record(kept.key)
-        if record is None:  # evicted already
+        record = self.slabs.record(key) if kept else None
+        if record is None:  # refused, or evicted already
             return kept
         try:
             reason = OTHER_TENANT if record.tenant != tenant else self._indexed(record.segment)
         except Unreadable as fault:
             reason = fault.reason
         if reason is not None:
-            self.slabs.remove(kept.key)
+            self.slabs.remove(key, generation)
             return Kept(stored=False, reason=reason)
         if isinstance(self.stack, Tiered):
             self.stack.write_down(record)
@@ -131,8 +145,7 @@ class Library:
             return Kept(stored=False, reason=OTHER_TENANT)
         record.verify(record.segment.key)
         kept = self.stack.put_record(record)
-        if self.lower is None:
-            self._forget(kept.evicted)
+        self._forget(kept.evicted)
         if kept and (reason := self._indexed(record.segment)) is not None:
             self.stack.remove(record.key)
             return Kept(stored=False, reason=reason)
@@ -184,6 +197,10 @@ class Library:
         for key in lost:
             self.stack.remove(key)
         return NOT_FOUND_AGAIN if segment.key in lost else None
+
+    def _lost(self, evicted: Iterable[str]) -> Iterable[str]:
+        """Those that left the memory and are in no tier below."""
+        return self.stack.lost(evicted) if isinstance(self.stack, Tiered) else evicted
 
     def _forget(self, keys: Iterable[str]) -> None:
         for key in keys:

@@ -25,7 +25,7 @@ class Peer:
 
     pid: int
     leases: Counter[int] = field(default_factory=Counter)  # generation -> times
-    reserved: set[int] = field(default_factory=set)  # generations
+    reserved: dict[int, str] = field(default_factory=dict)  # generation -> key
     connections: int = 0
     pidfd: int | None = None
 

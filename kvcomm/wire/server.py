@@ -36,6 +36,7 @@ __all__ = ["Server", "ServerCounters"]
 THREADS = 4
 WAITING = 256  # calls that may wait for a thread; more are refused
 CONNECTIONS = 1024
+LIMIT = 1 << 18  # bytes that are read ahead of a session
 LOOK = 0.5  # s between two looks at the socket's path
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class Server:
         self._threads = ThreadPoolExecutor(THREADS, "kvcomm-server")
         self._waiting = 0
         self._sessions: set[asyncio.Task[None]] = set()
-        self._listeners: list[asyncio.Server] = []
+        self._listeners: dict[str, asyncio.Server] = {}  # by address
         self._watchers: list[asyncio.Task[None]] = []
 
     @property
@@ -92,8 +93,8 @@ class Server:
         if tls is None and address.tls:
             raise InputError(f"{address} needs a certificate; give --tls-cert and --tls-key")
         try:
-            self._listeners.append(
-                await asyncio.start_server(self._connected_by_tcp, address.host, address.port, ssl=tls, limit=1 << 18)
+            self._listeners[str(address)] = await asyncio.start_server(
+                self._connected_by_tcp, address.host, address.port, ssl=tls, limit=LIMIT
             )
         except OSError as fault:
             raise InputError(f"cannot listen at {address}: {fault.strerror}; choose another port") from fault
@@ -133,8 +134,10 @@ class Server:
         """Hangs up on everybody, lets what is being written be written, and gives back what the system lent."""
         for task in self._watchers:
             task.cancel()
-        for listener in self._listeners:
+        for address, listener in self._listeners.items():
             listener.close()
+            if address.startswith("/"):
+                Path(address).unlink(missing_ok=True)
         for session in self._sessions:
             session.cancel()
         await asyncio.gather(*self._watchers, *self._sessions, return_exceptions=True)
@@ -159,7 +162,7 @@ class Server:
                     raise InputError(f"a server answers at {path} already; stop it, or choose another path with --socket")
         before = os.umask(0o177)  # private to the user from its first moment
         try:
-            self._listeners.append(await asyncio.start_unix_server(self._connected, path, limit=1 << 18))
+            self._listeners[str(path)] = await asyncio.start_unix_server(self._connected, path, limit=LIMIT)
         except OSError as fault:
             raise InputError(f"cannot listen at {path}: {fault.strerror}; choose another path with --socket") from fault
         finally:
@@ -171,6 +174,7 @@ class Server:
             await asyncio.sleep(LOOK)
             if not path.exists():
                 log.warning("%s was removed; it is made again", path)
+                self._listeners[str(path)].close()  # nobody can reach it any more; who is connected stays so
                 with suppress(InputError):
                     await self._listen_at(path)
 
@@ -197,7 +201,8 @@ class Server:
             return
         self._sessions.add(task)
         try:
-            await session.run()
+            with suppress(asyncio.CancelledError):  # the server closes
+                await session.run()
         finally:
             self._sessions.discard(task)
 

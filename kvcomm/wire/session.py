@@ -1,7 +1,7 @@
 """One connection of a server: reads frames, answers each request before it reads the next, and hangs up on what is malformed.
 
-What takes long runs in the server's few threads; a client that is slow to send or to read is given up after a bound, and one that
-asks more than can be queued is told that the server is busy.
+What takes long runs in the server's few threads; a client that is slow to send or to read is given up after a bound, and one
+that asks more than can be queued is told that the server is busy.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -94,8 +95,7 @@ class Session:
         self.tenant = hello.tenant
         arena = self._library.slabs.arena
         if self._peer is not None:
-            raw = self._writer.get_extra_info("socket")
-            with socket.socket(fileno=raw.dup().detach()) as own:
+            with self._writer.get_extra_info("socket").dup() as own:
                 socket.send_fds(own, [FD], [arena.fd])
         await self._reply(
             {"protocol": p.VERSION, "kvcomm": __version__, "capacity": arena.capacity, "epoch": self._server.epoch}
@@ -103,7 +103,7 @@ class Session:
         return True
 
     async def _request(self) -> tuple[p.Request, int]:
-        """The next request, and how many bytes of body follow. The other side may think as long as it likes before it speaks."""
+        """The next request, and how many bytes of body follow. It may think as long as it likes before it speaks."""
         first = await self._reader.readexactly(1)
         async with asyncio.timeout(PATIENCE):
             prefix = first + await self._reader.readexactly(p.PREFIX.size - 1)
@@ -145,12 +145,9 @@ class Session:
             case p.Find():
                 return await self._find(request)
             case p.Get():
-                slots = await self._maybe_slow(
-                    library.blocking(keys=request.keys), lambda: library.get(self.tenant, request.keys)
-                )
-                return self._leased({}, slots)
+                return self._leased({}, await self._maybe_slow(lambda: library.get(self.tenant, request.keys)))
             case p.Has():
-                return {"keys": list(await self._maybe_slow(library.lower is not None, lambda: library.has(request.keys)))}
+                return {"keys": list(await self._maybe_slow(lambda: library.has(request.keys)))}
             case p.Reserve():
                 return self._reserve(request)
             case p.Commit():
@@ -162,21 +159,21 @@ class Session:
             case p.Remove():
                 if request.damaged:
                     self._server.counters.damaged += len(request.keys)
-                gone = await self._maybe_slow(library.lower is not None, lambda: library.remove(self.tenant, request.keys))
+                gone = await self._maybe_slow(lambda: library.remove(self.tenant, request.keys))
                 return {"removed": gone}
             case p.Land():
                 self._flights.land(request.flight, self)
             case p.Awaited():
                 return {"awaited": self._flights.awaited(request.flight)}
             case p.AddAnchor():
-                add = lambda: self._server.anchors.add(self.tenant, request.entry, request.document)  # noqa: E731  # one use
-                return await self._maybe_slow(True, add)
+                anchors = self._server.anchors
+                return await self._server.run(lambda: anchors.add(self.tenant, request.entry, request.document))
             case p.Anchors():
                 return self._server.anchors.since(self.tenant, request.fingerprint, request.version)
             case p.Stats():
                 return self._server.status()
             case p.List():
-                found = await self._maybe_slow(True, lambda: library.segments(self.tenant))
+                found = await self._server.run(lambda: library.segments(self.tenant))
                 return _listed(found[request.start : request.start + min(request.count, 1000)], len(found))
             case _:
                 raise p.Malformed(f"{request.op} in the middle of a conversation")
@@ -188,8 +185,8 @@ class Session:
         library, ids, loop = self._library, ids_of(request.ids), asyncio.get_running_loop()
         began, waited, flight = loop.time(), None, None
         while True:
-            found = await self._maybe_slow(
-                library.blocking(ids), lambda: library.find(self.tenant, request.fingerprint, ids, request.ms_per_token)
+            found = library.find_now(self.tenant, request.fingerprint, ids) or await self._server.run(
+                lambda: library.find(self.tenant, request.fingerprint, ids, request.ms_per_token)
             )
             ahead = self._flights.ahead(ids, found.matches, request.fingerprint, self.tenant, flight)
             if flight is None:
@@ -232,19 +229,17 @@ class Session:
         reserved = self._library.reserve(self.tenant, request.key, request.nbytes, request.cost_ms)
         if isinstance(reserved, Kept):
             return {"stored": reserved.stored, "reason": reserved.reason}
-        self._peer.reserved.add(reserved.generation)
+        self._peer.reserved[reserved.generation] = request.key
         return {"offset": reserved.offset, "generation": reserved.generation}
 
     async def _commit(self, request: p.Commit) -> dict[str, Any]:
         if self._peer is None or request.generation not in self._peer.reserved:
             raise Refused(f"{request.generation} was not reserved by this process")
-        self._peer.reserved.discard(request.generation)
+        key = self._peer.reserved.pop(request.generation)
         if not request.keep:
             self._library.slabs.abort(request.generation)
             return {"stored": False, "reason": "aborted"}
-        kept = await self._maybe_slow(
-            self._library.lower is not None, lambda: self._library.commit(self.tenant, request.generation)
-        )
+        kept = await self._maybe_slow(lambda: self._library.commit(self.tenant, key, request.generation))
         return {"stored": kept.stored, "reason": kept.reason}
 
     async def _put(self, request: p.Put, body: int) -> dict[str, Any]:
@@ -260,7 +255,7 @@ class Session:
         record = Record(data)
         if record.key != request.key:
             raise Refused(f"a record of {record.key} in place of {request.key}")
-        kept = await self._maybe_slow(True, lambda: self._library.put(self.tenant, record))
+        kept = await self._server.run(lambda: self._library.put(self.tenant, record))
         return {"stored": kept.stored, "reason": kept.reason}
 
     def _release(self, request: p.Release) -> None:
@@ -270,9 +265,9 @@ class Session:
 
     # -- the connection ---------------------------------------------------------------------------------------------------
 
-    async def _maybe_slow(self, slow: bool, work: Callable[[], T]) -> T:
-        """In one of the server's threads where it may take longer than a moment."""
-        return await self._server.run(work) if slow else work()
+    async def _maybe_slow(self, work: Callable[[], T]) -> T:
+        """In one of the server's threads where it may reach below the memory."""
+        return await self._server.run(work) if self._library.slow else work()
 
     async def _reply(self, reply: dict[str, Any] | _Body) -> None:
         fields, slots = (reply.fields, reply.slots) if isinstance(reply, _Body) else (reply, [])
@@ -290,10 +285,8 @@ class Session:
             self._library.unpin(slots)
 
     async def _last_words(self, error: str, text: str) -> None:
-        try:
+        with suppress(TimeoutError, ConnectionError):
             await self._reply({"error": error, "text": text})
-        except (TimeoutError, ConnectionError):
-            pass
 
 
 def _listed(segments: list[Any], count: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from threading import Lock
 from time import monotonic
 from typing import Any
 
-
 from kvcomm._version import __version__
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.store.arena import Window
@@ -206,7 +205,7 @@ class Connection:
 
 def _exactly(connection: socket.socket, count: int, deadline: float) -> Bytes:
     data = empty(count)
-    view, read = memoryview(data), 0
+    view, read = data.data, 0
     while read < count:
         connection.settimeout(_left(deadline))
         got = connection.recv_into(view[read:])

@@ -127,6 +127,7 @@ class Book(Generic[K]):
         self.limit_bytes, self.quotas = limit_bytes, quotas or Quotas()
         self.nbytes = 0
         self._entries: dict[K, _Entry[K]] = {}
+        self._pinned: set[K] = set()
         self._queue: _Queue[K] = _Queue()
         self._tenants: dict[str, _Tenant[K]] = {}  # those that have entries
         self._clock = 0.0  # the highest priority that was evicted
@@ -149,6 +150,10 @@ class Book(Generic[K]):
         found = self._entries.get(key)
         return found.pins if found else 0
 
+    def pinned(self) -> list[K]:
+        """What is pinned, in no order."""
+        return list(self._pinned)
+
     def add(self, key: K, nbytes: int, tenant: str = "", cost_ms: float | None = None, *, pinned: bool = False) -> None:
         """A new object, for which there is room: `victims` were evicted. Counts as its first use."""
         assert key not in self._entries, f"{key} is here already"
@@ -159,7 +164,9 @@ class Book(Generic[K]):
         owner.objects += 1
         self.nbytes += nbytes
         self._touch(entry)
-        if not pinned:
+        if pinned:
+            self._pinned.add(key)
+        else:
             self._enqueue(entry)
 
     def use(self, key: K) -> None:
@@ -173,6 +180,7 @@ class Book(Generic[K]):
         entry = self._entries[key]
         entry.pins += 1
         if entry.pins == 1:
+            self._pinned.add(key)
             self._dequeue(entry)
 
     def unpin(self, key: K) -> None:
@@ -180,11 +188,13 @@ class Book(Generic[K]):
         assert entry.pins, f"{key} is not pinned"
         entry.pins -= 1
         if not entry.pins:
+            self._pinned.remove(key)
             self._enqueue(entry)
 
     def remove(self, key: K) -> None:
         """It left of itself, pinned or not."""
         entry = self._entries.pop(key)
+        self._pinned.discard(key)
         if entry.ticket:
             self._dequeue(entry)
         self.nbytes -= entry.nbytes
@@ -243,7 +253,8 @@ class Book(Generic[K]):
         entries = list(self._entries.values())
         assert self.nbytes == sum(e.nbytes for e in entries) <= self.limit_bytes
         assert len({e.used for e in entries}) == len(entries)
-        assert all(bool(e.ticket) == (not e.pins) for e in entries)
+        assert all(bool(e.ticket) == (not e.pins) == (e.key not in self._pinned) for e in entries)
+        assert self._pinned <= self._entries.keys()
         assert self._tenants.keys() == {e.tenant for e in entries}
         self._queue.check_integrity(e for e in entries if e.ticket)
         for name, tenant in self._tenants.items():

@@ -52,8 +52,8 @@ class Learner:
             self._keep(replace(segment, cost_ms=cost), cache, plan.length)
 
     def learn_answer(self, ids: Ids, plan: Plan, cache: SpanCache, result: Any, producer: str, tenant: str) -> None:
-        """Deposits the answer of `result` to a prompt: a tensor [rows, prompt + new], or an output record that holds one; then the
-        cache is the caller's too, and only read. Raises CacheFault where the store refuses.
+        """Deposits the answer of `result` to a prompt: a tensor [rows, prompt + new], or an output record that holds one; then
+        the cache is the caller's too, and only read. Raises CacheFault where the store refuses.
         """
         ours = isinstance(result, torch.Tensor)
         sequences = result if ours else result.sequences

@@ -9,6 +9,7 @@ byte is under a checksum (XXH3, 64 bits: against accidents, not against forgers)
 
 from __future__ import annotations
 
+import math
 import struct
 import warnings
 from dataclasses import dataclass
@@ -50,19 +51,6 @@ class Unreadable(CacheFault):
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(f"{reason}: {text}")
         self.reason = reason
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where one tensor lies."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int  # from the record's first byte
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * _dtype(self.dtype).itemsize
 
 
 class Draft:
@@ -190,20 +178,30 @@ class Record:
         return self
 
     def kv(self) -> SegmentKV:
-        """Views of `data`, to be read and never written; they keep it alive. Nothing is verified: call `verify` first."""
+        """Views of `data`, to be read and never written; they keep it alive. Nothing is verified: call `verify` first. Raises
+        Unreadable where the header describes no KV of its tokens.
+        """
+        return self._kv
+
+    @cached_property
+    def _kv(self) -> SegmentKV:
         import torch
 
         _read_only_is_meant()
-        head, payload = self.head, self.data[self._start :]
-        places = [_Place(dtype, tuple(shape), offset) for dtype, shape, offset in head["tensors"]]
-        if any(p.offset % ALIGN or p.offset + p.nbytes > payload.nbytes for p in places) or len(places) % 2:
-            raise Unreadable(DAMAGED, f"tensors of {self.key} do not lie in its record")
-        tensors = [
-            torch.frombuffer(payload, dtype=_dtype(p.dtype), count=int(np.prod(p.shape)), offset=p.offset).view(p.shape)
-            for p in places
-        ]
-        half = len(tensors) // 2
-        return SegmentKV(tuple(tensors[:half]), tuple(tensors[half:]), len(head["context"]) // 4, head["kv_length"])
+        head, payload, tokens = self.head, self.data[self._start :], len(self.head["ids"]) // 4
+        tensors = []
+        for name, shape, offset in head["tensors"]:
+            dtype, count = _dtype(name), math.prod(shape)
+            inside = 0 <= offset <= payload.nbytes - count * dtype.itemsize and offset % ALIGN == 0
+            if not inside or len(shape) != 3 or shape[1] != tokens or min(shape) < 1:
+                raise Unreadable(
+                    DAMAGED, f"{name} {shape} at {offset} is no tensor of {tokens} tokens in {payload.nbytes} bytes"
+                )
+            tensors.append(torch.frombuffer(payload, dtype=dtype, count=count, offset=offset).view(shape))
+        half, start, length = len(tensors) // 2, len(head["context"]) // 4, head["kv_length"]
+        if not half or len(tensors) % 2 or length < start + tokens:
+            raise Unreadable(DAMAGED, f"{len(tensors)} tensors of {tokens} tokens from {start} on, in a sequence of {length}")
+        return SegmentKV(tuple(tensors[:half]), tuple(tensors[half:]), start, length)
 
     @property
     def _start(self) -> int:

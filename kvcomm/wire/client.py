@@ -33,7 +33,7 @@ from kvcomm.wire.transport import Connection, Unreachable, Windows
 
 __all__ = ["ServerIndex", "ServerStore"]
 
-HELD = 256  # records that are kept between being found and being read
+HELD = 256  # prompts whose finds are held; of more, those found first are let go
 CONNECTIONS = 64  # tenants with a connection of their own; the one not used for longest is closed
 
 
@@ -63,7 +63,7 @@ class ServerStore(RecordStore):
         self.tenant, self.wait_ms = tenant, wait_ms
         self._options: Mapping[str, Any] = {"token": token, "tls": tls, "deadline_s": deadline_s, "windows": Windows()}
         self._connections: OrderedDict[str, Connection] = OrderedDict()  # by tenant
-        self._held: OrderedDict[str, Record] = OrderedDict()  # found, not read yet
+        self._held: OrderedDict[int, dict[str, Record]] = OrderedDict()  # by flight: what was found for a prompt
         self._tenants: OrderedDict[str, str] = OrderedDict()  # key -> tenant, of what was found or put lately
         self._counts = Counts()
         self._breaker = Breaker(monotonic, first_s=0.1, longest_s=5.0)
@@ -82,8 +82,7 @@ class ServerStore(RecordStore):
 
     def get_records(self, keys: Iterable[str]) -> dict[str, Record]:
         asked = list(dict.fromkeys(keys))
-        with self._lock:
-            found = {key: self._held[key] for key in asked if key in self._held}
+        found = {key: record for key in asked if (record := self._held_record(key)) is not None}
         by_tenant: dict[str, list[str]] = {}
         for key in asked:
             if key not in found:
@@ -98,15 +97,15 @@ class ServerStore(RecordStore):
 
     def has(self, keys: Iterable[str]) -> set[str]:
         asked = set(keys)
-        with self._lock:
-            found = {key for key in asked if key in self._held}
+        found = {key for key in asked if self._held_record(key) is not None}
         if asked - found:
             found |= set(self.call(self.tenant or "", p.Has(sorted(asked - found)))[0]["keys"])
         return found
 
     def remove(self, key: str) -> bool:
         with self._lock:
-            self._held.pop(key, None)
+            for held in self._held.values():
+                held.pop(key, None)
         return bool(self.call(self._tenant_of(key), p.Remove([key], damaged=False))[0]["removed"])
 
     def segments(self) -> list[Segment]:
@@ -127,8 +126,9 @@ class ServerStore(RecordStore):
 
     def check_integrity(self) -> None:
         with self._lock:
-            for key, record in self._held.items():
-                record.verify(key)
+            for held in self._held.values():
+                for key, record in held.items():
+                    record.verify(key)
 
     def close(self) -> None:
         with self._lock:
@@ -146,16 +146,25 @@ class ServerStore(RecordStore):
             return connection.call(request, deadline_s=deadline_s)
 
     def find(self, tenant: str, request: p.Find) -> tuple[dict[str, Any], dict[str, Record]]:
-        """The reply and the records that came with it: verified, and held for `get_many` until `drop`."""
+        """The reply and the records that came with it: verified, and held for `get_many` until the flight's `drop`."""
         connection = self._connection(tenant)
         with self._guarded():
             reply, body = connection.call(request, deadline_s=connection.deadline_s + request.wait_ms / 1e3)
-        return reply, self._received(connection, reply, body, hold=True)
-
-    def drop(self) -> None:
-        """What was found and held is not needed any more."""
+        found = self._received(connection, reply, body)
         with self._lock:
-            self._held.clear()
+            self._held[reply["flight"]] = dict(found)
+            while len(self._held) > HELD:
+                self._held.popitem(last=False)
+        return reply, found
+
+    def drop(self, flight: int) -> None:
+        """What was found for this prompt is not needed any more."""
+        with self._lock:
+            self._held.pop(flight, None)
+
+    def holds(self, key: str) -> bool:
+        """Is it leased for a prompt now? Asks nobody."""
+        return self._held_record(key) is not None
 
     # -- below ------------------------------------------------------------------------------------------------------------
 
@@ -194,9 +203,7 @@ class ServerStore(RecordStore):
                 reply, _ = connection.call(p.Commit(reply["generation"], keep))
         return reply
 
-    def _received(
-        self, connection: Connection, reply: Mapping[str, Any], body: Bytes | None, *, hold: bool = False
-    ) -> dict[str, Record]:
+    def _received(self, connection: Connection, reply: Mapping[str, Any], body: Bytes | None) -> dict[str, Record]:
         """The records of a reply, every byte verified; the server is told of those that are damaged."""
         found: dict[str, Record] = {}
         damaged: list[str] = []
@@ -207,12 +214,8 @@ class ServerStore(RecordStore):
             else:
                 damaged.append(key)
         with self._lock:
-            for key, record in found.items():
+            for key in found:
                 self._remember(key, connection.tenant)
-                if hold:
-                    self._held[key] = record
-            while len(self._held) > HELD:
-                self._held.popitem(last=False)
         if damaged:
             with self._guarded():
                 connection.call(p.Remove(damaged, damaged=True))
@@ -236,6 +239,10 @@ class ServerStore(RecordStore):
                     data[:] = body[start : start + nbytes]
                 start += nbytes
             yield key, data
+
+    def _held_record(self, key: str) -> Record | None:
+        with self._lock:
+            return next((held[key] for held in self._held.values() if key in held), None)
 
     def _connection(self, tenant: str) -> Connection:
         if self.tenant not in (None, tenant):
@@ -324,7 +331,7 @@ class ServerIndex:
 
     def land(self, flight: int, tenant: str = "") -> None:
         """What a prompt computed is kept now, or never will be: nobody waits for it any more, and what it found is let go."""
-        self._store.drop()
+        self._store.drop(flight)
         self._store.call(tenant, p.Land(flight))
 
     def awaited(self, flight: int, tenant: str = "") -> bool:
@@ -332,7 +339,8 @@ class ServerIndex:
         return bool(self._store.call(tenant, p.Awaited(flight))[0]["awaited"])
 
     def __contains__(self, key: object) -> bool:
-        return key in self._added
+        """Was it put by this process lately, or found for a prompt that has not landed? Asks nobody."""
+        return key in self._added or (isinstance(key, str) and self._store.holds(key))
 
 
 def _stands_there(segment: Segment, ids: Ids, start: int, offset: int) -> bool:

@@ -185,9 +185,11 @@ class Session:
         library, ids, loop = self._library, ids_of(request.ids), asyncio.get_running_loop()
         began, waited, flight = loop.time(), None, None
         while True:
-            found = library.find_now(self.tenant, request.fingerprint, ids) or await self._server.run(
-                lambda: library.find(self.tenant, request.fingerprint, ids, request.ms_per_token)
-            )
+            found = library.find_now(self.tenant, request.fingerprint, ids)
+            if found is None:
+                found = await self._server.run(
+                    lambda: library.find(self.tenant, request.fingerprint, ids, request.ms_per_token)
+                )
             ahead = self._flights.ahead(ids, found.matches, request.fingerprint, self.tenant, flight)
             if flight is None:
                 flight = self._flights.take_off(self, ids, found.matches, request.fingerprint, self.tenant)

@@ -87,6 +87,10 @@ class Tiered(RecordStore):
         gone = [key for key in asked if not self._ledger.is_below(key) and self._queued(key) is None]
         if not gone:
             return ()
+        if isinstance(self.front, Tiered):  # it can tell what it lost from what a tier of its own that failed may keep
+            told = self.front.lost(gone)
+            self._left.extend(key for key in told if key not in asked)
+            return tuple(key for key in gone if key in told)
         try:
             here = self.front.has(gone)
         except CacheFault as fault:

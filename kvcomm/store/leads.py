@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from heapq import heapify, heappop, heappush
 
 from kvcomm.segments import Ids
-from kvcomm.store.sighting import Sighting, context_digest
+from kvcomm.store.sighting import Sighting, digest
 from kvcomm.store.winnowing import TOKENS
 
 __all__ = ["TOO_MANY", "Leads"]
@@ -34,7 +34,7 @@ class Leads:
         self._fitting = _behind(ids, self._sightings)
 
     def pick(self, most: int) -> dict[str, int]:
-        """At most so many segments to load next -> tokens of the prompt that each is likely to cover. First those that stand
+        """At most so many segments to load next -> tokens of the prompt that each is likely to cover. First those that begin
         behind the same text here, then those that cover most; what another one covers is not picked as well.
         """
         left, picked = set(self._open), dict[str, int]()
@@ -89,7 +89,7 @@ class Leads:
 
 
 def _behind(ids: Ids, sightings: Mapping[str, Sighting]) -> set[str]:
-    """The segments that were computed behind what the prompt begins with."""
-    starts = {s.start for s in sightings.values() if s.context is not None and s.start <= len(ids)}
-    digests = {start: context_digest(ids[:start]) for start in starts}
-    return {key for key, s in sightings.items() if s.context is not None and digests.get(s.start) == s.context}
+    """The segments that began where this prompt has the same tokens, from its first one on."""
+    ends = {s.start + TOKENS for s in sightings.values() if s.opening is not None and s.start + TOKENS <= len(ids)}
+    digests = {end: digest(ids[:end]) for end in ends}
+    return {key for key, s in sightings.items() if s.opening is not None and digests.get(s.start + TOKENS) == s.opening}

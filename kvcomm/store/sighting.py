@@ -12,8 +12,9 @@ import xxhash
 
 from kvcomm.errors import CacheFault
 from kvcomm.segments import Ids, Segment
+from kvcomm.store.winnowing import TOKENS
 
-__all__ = ["SIGHTINGS", "Sighting", "context_digest", "note_names", "pack", "unpack"]
+__all__ = ["SIGHTINGS", "Sighting", "digest", "note_names", "pack", "unpack"]
 
 SIGHTINGS = 4  # of one note, the newest
 _PERSON = b"kvcomm-note-1"
@@ -27,15 +28,15 @@ class Sighting:
     nbytes: int  # of its record; 0: not known
     tokens: int
     start: int  # tokens in front of it when it was computed
-    context: int | None  # `context_digest` of those; None where its KV is not exact behind them
+    opening: int | None  # `digest` of those and its own first 8; None where its KV is not exact behind them
 
     @classmethod
     def of(cls, segment: Segment, nbytes: int) -> Sighting:
-        context = context_digest(segment.context) if segment.exact else None
-        return cls(segment.key, nbytes, len(segment.ids), segment.start, context)
+        opening = digest(np.concatenate([segment.context, segment.ids[:TOKENS]])) if segment.exact else None
+        return cls(segment.key, nbytes, len(segment.ids), segment.start, opening)
 
 
-def context_digest(ids: Ids) -> int:
+def digest(ids: Ids) -> int:
     """64 bits; they rank, and prove nothing."""
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(ids, dtype="<i4").data)
 
@@ -52,7 +53,7 @@ def note_names(fingerprint: str, tenant: str, hashes: Iterable[int]) -> Iterator
 
 def pack(sightings: Iterable[Sighting]) -> bytes:
     """A note's value."""
-    return bytes(msgpack.packb([(bytes.fromhex(s.key), s.nbytes, s.tokens, s.start, s.context) for s in sightings]))
+    return bytes(msgpack.packb([(bytes.fromhex(s.key), s.nbytes, s.tokens, s.start, s.opening) for s in sightings]))
 
 
 def unpack(note: bytes) -> list[Sighting]:
@@ -60,7 +61,7 @@ def unpack(note: bytes) -> list[Sighting]:
     try:
         rows = msgpack.unpackb(note)
         sightings = [Sighting(key.hex(), *rest) for key, *rest in rows]
-        numbers = [n for s in sightings for n in (s.nbytes, s.tokens, s.start, s.context or 0)]
+        numbers = [n for s in sightings for n in (s.nbytes, s.tokens, s.start, s.opening or 0)]
         if (
             len(rows) > SIGHTINGS
             or any(len(s.key) != 32 for s in sightings)

@@ -137,6 +137,12 @@ class Signposts:
         """From the local index; notes of it lead others nowhere until newer ones replace them."""
         return self.local.remove(key)
 
+    def awaited(self, flight: int, tenant: str) -> bool:
+        return self.local.awaited(flight, tenant)
+
+    def land(self, flight: int, tenant: str) -> None:
+        self.local.land(flight, tenant)
+
     def __contains__(self, key: object) -> bool:
         return key in self.local
 

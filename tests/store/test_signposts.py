@@ -20,7 +20,7 @@ from kvcomm.segments import Ids, Segment, SegmentKV
 from kvcomm.store.leads import TOO_MANY, Leads
 from kvcomm.store.quiet import Quiet
 from kvcomm.store.record import Record
-from kvcomm.store.sighting import SIGHTINGS, Sighting, context_digest, note_names, pack, unpack
+from kvcomm.store.sighting import SIGHTINGS, Sighting, digest, note_names, pack, unpack
 from kvcomm.store.signposts import Signposts
 from kvcomm.store.winnowing import minima
 
@@ -237,16 +237,17 @@ def test_a_note_that_names_a_foreign_record_leads_nowhere(identity: tuple[str, s
     assert two.stats().foreign == 1
 
 
-def test_a_segment_behind_the_same_text_is_preferred() -> None:
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_segment_behind_the_same_text_is_preferred(order: int) -> None:
     remote = Remote()
     system, body = text(1, 50), text(2, 200)
     wanted = record(body, system)
     for r in (
-        record(body, text(3, 50)),
         record(np.concatenate([body, text(9, 50)])),
         wanted,
         record(body, system, exact=False),
-    ):
+        record(body),  # as exact as can be, and at the beginning of a prompt only
+    )[::order]:
         keep(host(remote), r)
     two = host(remote, most=1)
     (match,) = look(two, np.concatenate([system, body, text(4, 50)])).matches
@@ -299,8 +300,8 @@ def test_loads_are_bounded_and_what_is_left_is_told() -> None:
     two = host(remote, most=3)
     found = look(two, prompt)
     assert len(remote.loads[0]) == 3
-    assert [match.tokens for match in found.matches] == [300, 400, 500]  # the most first
-    assert 240 < found.declined[TOO_MANY] < 360  # 300
+    assert [match.tokens for match in found.matches] == [100, 400, 500]  # the exact one, then the most
+    assert 440 < found.declined[TOO_MANY] < 560  # 200 and 300
     assert covered(look(two, prompt))[-1][1] == len(prompt)  # the rest is loaded next time
     assert len(look(two, prompt).matches) == 5
 
@@ -421,7 +422,9 @@ def test_a_note_keeps_the_newest_few() -> None:
     (note,) = remote.notes.values()
     newest = [records[i].key for i in (3, 5, 4, 2)]
     assert [s.key for s in unpack(note)] == newest
-    assert unpack(note)[0] == Sighting(records[3].key, records[3].nbytes, REACH, 4, context_digest(text(4, 4)))
+    assert unpack(note)[0] == Sighting(
+        records[3].key, records[3].nbytes, REACH, 4, digest(np.concatenate([text(4, 4), known[:8]]))
+    )
 
 
 def test_what_the_local_index_drops_for_others_is_told_with_the_next_add() -> None:

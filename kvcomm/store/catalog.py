@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, KeysView
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import xxhash
@@ -15,9 +15,9 @@ import xxhash
 from kvcomm.store.base import Kept
 from kvcomm.store.eviction import IN_USE, Book, Quotas
 from kvcomm.store.journal import Journal
-from kvcomm.store.record import Record
+from kvcomm.store.record import DAMAGED, Record, Unreadable
 
-__all__ = ["Catalog", "Entry", "digest", "replayed"]
+__all__ = ["Catalog", "Entry", "digest", "replayed", "understood"]
 
 _SLACK = 1024  # lines of a journal that are not worth writing it anew
 _USES = 1024  # objects whose latest uses may be forgotten when the process is killed
@@ -41,7 +41,8 @@ class Entry(NamedTuple):
     @classmethod
     def of(cls, record: Record) -> Entry:
         """Raises Unreadable where its header is damaged."""
-        s = record.segment
+        with understood():
+            s = record.segment
         return cls(s.key, record.nbytes, digest(record), s.tenant, s.fingerprint, s.producer, len(s.ids), s.cost_ms)
 
 
@@ -154,6 +155,15 @@ class Catalog:
             except OSError:
                 self._slack += self.journal.count  # not again at once
         self.journal.append(lines)
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """Raises Unreadable for what a record raises that has right checksums over what is no header of ours."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as fault:
+        raise Unreadable(DAMAGED, f"its header cannot be understood: {fault!r}") from fault
 
 
 def digest(record: Record) -> int:

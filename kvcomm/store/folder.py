@@ -147,8 +147,10 @@ class Folder:
     def set_aside(self, key: str) -> None:
         """Move a damaged object out of the way, the oldest of those before it out of the folder."""
         path = self._object(key)
+        aside = self.path / "damaged" / path.name
+        aside.unlink(missing_ok=True)  # ext4 flushes a file that replaces another
         with suppress(FileNotFoundError):
-            os.replace(path, self.path / "damaged" / path.name)
+            os.replace(path, aside)
         files = sorted(self._damaged(), key=lambda f: f[1].st_ctime_ns)
         while len(files) > KEPT_FILES or sum(facts.st_size for _, facts in files) > KEPT_BYTES:
             with suppress(FileNotFoundError):

@@ -16,6 +16,7 @@ from kvcomm.connectors.advising import Adviser, Lens
 from kvcomm.connectors.capture import Keeper
 from kvcomm.connectors.costs import measure
 from kvcomm.connectors.holes import HolePass
+from kvcomm.connectors.identity import weights
 from kvcomm.connectors.loading import Loader
 from kvcomm.connectors.pages import Pages
 from kvcomm.connectors.scheduling import Desk
@@ -41,16 +42,24 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):
             raise UnsupportedModel(f"{vllm_config.model_config.model} cannot share its KV: {reason}")
         self._settings = settings
         self._ranks = vllm_config.parallel_config.tensor_parallel_size
+        self._fingerprint = compat.fingerprint(vllm_config)
+        if settings.server is not None:
+            if self._ranks > 1:
+                raise UnsupportedModel(f"{self._ranks} ranks keep different heads: with a server, use one rank or leave it out")
+            model = vllm_config.model_config
+            self._fingerprint += f" {weights(model.model, model.revision)}"
         self._stats = Stats()
         if role == KVConnectorRole.SCHEDULER:
+            texts = settings.store(wait_ms=0.0, reads_kv=False)  # a scheduler must not wait
             self.desk = Desk(
                 settings,
-                compat.fingerprint(vllm_config),
+                self._fingerprint,
                 ranks=self._ranks,
                 step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
                 max_rows=vllm_config.scheduler_config.max_num_seqs,
                 block_size=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
                 prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
+                shared=None if texts is None else texts.index,
             )
         else:
             self.worker: Worker | Refusing = Refusing("the engine has not shown its cache")
@@ -107,10 +116,10 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker = Refusing(str(error) if known else repr(error))
             return
         settings, alone = self._settings.config, self._ranks == 1
-        store = MemoryStore(settings.store_bytes // self._ranks)
+        store = self._settings.store(wait_ms=0.0) or MemoryStore(settings.store_bytes // self._ranks)
         keeper, adviser = Keeper(pages, store), None
         if alone and settings.anchors != "off":
-            adviser = Adviser(Lens(compat.fingerprint(config), rope, runner), store, keeper, settings)
+            adviser = Adviser(Lens(self._fingerprint, rope, runner), store, keeper, settings)
         proof = partial(try_fold, pages, holes)
         never = config.model_config.max_model_len  # a prompt has no more tokens
         self.worker = Worker(

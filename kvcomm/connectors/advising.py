@@ -29,6 +29,7 @@ from kvcomm.plain import PlainKV
 from kvcomm.rope import Rope
 from kvcomm.segments import Ids, Plan, SegmentKV, Span
 from kvcomm.store.base import Store
+from kvcomm.wire.client import ServerStore
 
 __all__ = ["Adviser", "Lens"]
 
@@ -74,6 +75,8 @@ class Adviser:
             forgotten.clear()
 
     def ask(self, ask: Ask) -> None:
+        if isinstance(self._store, ServerStore):
+            self._store.belong((span.segment.key for span in ask.plan.spans), ask.who.tenant)
         self._asked[ask.request_id] = self._thread.submit(self._foreseen, self._corrector, ask)
 
     def answers(self) -> Iterator[tuple[str, Answer | Exception]]:

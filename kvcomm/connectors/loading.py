@@ -5,7 +5,7 @@ What did not move is copied bit for bit. Knows nothing of plans, schedulers or v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from kvcomm.plain import PlainKV
 from kvcomm.rope import Rope, Tables
 from kvcomm.segments import SegmentKV
 from kvcomm.store.base import Store
+from kvcomm.wire.client import ServerStore
 
 __all__ = ["Deviations", "Loader", "Lost"]
 
@@ -52,7 +53,10 @@ class Loader:
         """Writes the pieces of `load`, `deviations` added to them. Raises CacheFault, having written nothing, where a segment
         is not there (`Lost`, which says which one) or is too short.
         """
-        parts = [part for piece in load.pieces for part in self._parts(piece, self._found(piece), load.blocks, deviations)]
+        if isinstance(self._store, ServerStore):
+            self._store.belong((piece.key for piece in load.pieces), load.tenant)
+        held = self._store.get_many(dict.fromkeys(piece.key for piece in load.pieces))
+        parts = [part for piece in load.pieces for part in self._parts(piece, _found(piece, held), load.blocks, deviations)]
         for layer, cache in enumerate(self._pages.layers):
             device = cache.paged.device
             turned = torch.empty(PART, cache.heads, cache.dim, dtype=self._pages.dtype, device=device)
@@ -67,14 +71,6 @@ class Loader:
                     add(self._rope, layer, *part.change, keys, values)
                     keys, values = (x.to(self._pages.dtype) for x in (keys, values))
                 self._pages.write(layer, keys.transpose(0, 1), values.transpose(0, 1), part.slots.to(device))
-
-    def _found(self, piece: Piece) -> SegmentKV:
-        kv = self._store.get(piece.key)
-        if kv is None:
-            raise Lost(piece.key)
-        if not 0 <= piece.offset <= piece.offset + piece.end - piece.start <= kv.tokens:
-            raise CacheFault(f"a segment of {kv.tokens} tokens has none from {piece.offset} on to [{piece.start}, {piece.end})")
-        return kv
 
     def _parts(self, piece: Piece, kv: SegmentKV, blocks: Sequence[int], deviations: Deviations) -> Iterator[_Part]:
         slots = self._pages.slots(blocks, np.arange(piece.start, piece.end))
@@ -114,3 +110,12 @@ class Lost(CacheFault):
     def __init__(self, key: str) -> None:
         super().__init__("a planned segment left the store, or was altered in it")
         self.key = key
+
+
+def _found(piece: Piece, held: Mapping[str, SegmentKV]) -> SegmentKV:
+    kv = held.get(piece.key)
+    if kv is None:
+        raise Lost(piece.key)
+    if not 0 <= piece.offset <= piece.offset + piece.end - piece.start <= kv.tokens:
+        raise CacheFault(f"a segment of {kv.tokens} tokens has none from {piece.offset} on to [{piece.start}, {piece.end})")
+    return kv

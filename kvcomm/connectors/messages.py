@@ -66,6 +66,7 @@ class Load:
     holes: tuple[Hole, ...]
     folded: bool = False
     corrections: Ask | None = None  # what anchors say of this is added to the pieces
+    tenant: str = ""
 
     def holes_apart(self) -> tuple[Hole, ...]:
         """What is to be computed before the engine's forward where that one computes all from `end` on."""

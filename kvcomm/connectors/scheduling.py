@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -19,7 +20,8 @@ from kvcomm.connectors.capture import answer_segment, prompt_segments
 from kvcomm.connectors.messages import Hole, Lesson, Load, News, Save, Step
 from kvcomm.connectors.promise import Promise
 from kvcomm.connectors.settings import Settings, Wish
-from kvcomm.matching import TextIndex
+from kvcomm.errors import CacheFault
+from kvcomm.matching import Found, Index, TextIndex
 from kvcomm.metrics import Counters
 from kvcomm.policy import plan as make_plan
 from kvcomm.request import Request as Times
@@ -40,6 +42,7 @@ class _Request:
     times: Times
     refusal: str | None  # why it is left alone
     known: Plan  # what was found in its prompt
+    found: Found | None = None  # what the index said of it last
     movable: list[Span] = field(default_factory=list)  # and what of it does not lie where it did, whatever becomes of it
     promise: Promise | None = None  # what is promised, or was
     served: Plan | None = None  # how its prompt was computed, where something was loaded
@@ -70,7 +73,9 @@ class Desk:
         max_rows: int,
         block_size: int,
         prefix_caching: bool,
+        shared: Index | None = None,
     ) -> None:
+        """`shared`: what is known to all engines of a server; None: this engine knows what its own workers keep."""
         self._settings, self._fingerprint, self._ranks = settings, fingerprint, ranks
         self._hole_tokens = step_tokens if settings.max_hole_tokens is None else settings.max_hole_tokens
         self._least_gain = settings.least_gain or 0
@@ -80,6 +85,7 @@ class Desk:
         if off is None and ranks > 1:
             off = f"{ranks} ranks would choose different tokens"
         self._foresight = Foresight(settings.config, off)
+        self._shared = shared
         self.index = self._empty_index()
         self.counters = Counters()
         self._ready: str | None = "the workers have not reported yet"  # why nothing is promised; None: all is well
@@ -190,6 +196,7 @@ class Desk:
         self._foresight.forget(request.request_id)
         if state is None:
             return False, None
+        self._land(state)
         report = state.times.report(state.plan)
         self.counters.record(report)
         if state.refusal is not None or self._ready is not None or not compat.finished_well(request):
@@ -233,6 +240,8 @@ class Desk:
     def reset(self) -> None:
         """Forget all text, for example because the weights have changed. What is being loaded is computed."""
         self.index, self._reset = self._empty_index(), True
+        if self._shared is not None:  # others may go on with the old weights: from here on this engine is alone
+            self._fingerprint = f"{self._fingerprint} reset {uuid4().hex}"
         self._saving.clear()
         self._foresight.reset()
         for state in self._requests.values():
@@ -241,7 +250,20 @@ class Desk:
 
     # -- within ---------------------------------------------------------------------------------------------------------
 
-    def _empty_index(self) -> TextIndex:
+    def _land(self, state: _Request) -> None:
+        """What was found for a request need not be held for it any more."""
+        if state.found is None or state.found.flight is None:
+            return
+        flight, state.found = state.found.flight, None
+        try:
+            self.index.land(flight, state.wish.who.tenant)
+        except CacheFault as fault:
+            self.counters.fault("store")
+            compat.log.warning("kvcomm: a store fault, counted: %s", fault)
+
+    def _empty_index(self) -> Index:
+        if self._shared is not None:
+            return self._shared
         config = self._settings.config
         return TextIndex(min_run=config.min_run, max_windows=config.index_windows, variants=config.variants)
 
@@ -256,7 +278,10 @@ class Desk:
         if (answer := self._foresight.answer(request_id, self.index)) is not None:
             state.times.estimated = perf_counter()
             return self._worth(state, answer, local)
-        found = self.index.find(state.ids, fingerprint=self._fingerprint, tenant=who.tenant)
+        self._land(state)
+        state.found = self.index.look(state.ids, fingerprint=self._fingerprint, tenant=who.tenant)
+        found = state.found.matches
+        state.times.found = state.found
         state.times.matched = perf_counter()
         state.movable = [Span(m.start, m.end, "boundary", m.segment, m.offset) for m in found if not m.exact]
         state.known = make_plan(len(state.ids), found, config, who.rule)
@@ -317,7 +342,8 @@ class Desk:
         if state.served is None or start < state.since:  # else it is resumed, with no less of its own than it had
             state.served, state.upto, state.since = self._served(state, start, upto), upto, start
         pieces, holes = _promise(state).pieces(start, upto), _promise(state).holes(start, upto)
-        return Load(request_id, state.ids, blocks, start, end, pieces, holes, folded, self._foresight.additions(request_id))
+        additions, tenant = self._foresight.additions(request_id), state.wish.who.tenant
+        return Load(request_id, state.ids, blocks, start, end, pieces, holes, folded, additions, tenant)
 
     def _served(self, state: _Request, start: int, end: int) -> Plan:
         return _promise(state).served(state.ids, start, end, self._fingerprint, state.wish.who.tenant)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from kvcomm.config import Config
 from kvcomm.errors import InputError
 from kvcomm.policy import Rule
 from kvcomm.who import Who
+from kvcomm.wire.address import Address
+from kvcomm.wire.client import ServerStore
 
 __all__ = ["Mode", "Settings", "Wish"]
 
@@ -37,6 +40,8 @@ class Settings:
         None  # computed outside the engine's budget, per request and per step; None: one step's budget
     )
     least_gain: int | None = None  # tokens that must be saved for a request to be touched; None: as measured at start
+    server: str | None = None  # address of the server that keeps what engines share; None: this engine keeps it, for itself
+    server_token_file: str | None = None  # holds what the server wants to hear of clients from other hosts
     untested_vllm: bool = False  # start although nobody has tried this version of vLLM
 
     def __post_init__(self) -> None:
@@ -46,11 +51,25 @@ class Settings:
                 raise InputError(f"agents[{agent!r}] is {given!r}; it may have mode and rule")
             _check_mode(given.get("mode", "on"), f"mode of agent {agent!r}")
             Who(agent, given.get("rule", "auto"))  # type: ignore[arg-type]  # checked there
+        if self.server is not None:
+            Address.parse(self.server)
         if self.config.rung == "naive":
             raise InputError("rung is 'naive', which serves comparisons inside the library alone; use boundary or rotate")
         for name in ("max_hole_tokens", "least_gain"):
             if (given := getattr(self, name)) is not None and given < 0:
                 raise InputError(f"{name} is {given}; it must be at least 0")
+
+    def store(self, *, wait_ms: float, reads_kv: bool = True) -> ServerStore | None:
+        """A client of the server; None where there is none. Raises InputError for a file that cannot be read."""
+        if self.server is None:
+            return None
+        token = ""
+        if self.server_token_file is not None:
+            try:
+                token = Path(self.server_token_file).read_text(encoding="utf-8").strip()
+            except OSError as fault:
+                raise InputError(f"server_token_file {self.server_token_file!r} cannot be read: {fault.strerror}") from fault
+        return ServerStore(self.server, token=token, wait_ms=wait_ms, reads_kv=reads_kv)
 
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> Settings:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from kvcomm.segments import Segment, SegmentKV
 from kvcomm.store.base import Kept, StoreStats, check_kv
-from kvcomm.store.record import Record, Unreadable
+from kvcomm.store.record import OTHER_KEY, Record, Unreadable
 
 __all__ = ["Counts", "RecordStore"]
 
@@ -107,11 +107,14 @@ class Counts:
         with self._lock:
             self._faults[reason] += 1
 
-    def sound(self, record: Record, key: str) -> bool:
-        """Is it the record of `key`, every byte of it? Counts why not."""
+    def sound(self, record: Record, key: str, *, whole: bool = True) -> bool:
+        """Is it the record of `key`, every byte of it, or at least its header? Counts why not."""
         try:
-            record.verify(key)
-            record.kv()
+            if record.segment.key != key:
+                raise Unreadable(OTHER_KEY, f"{record.segment.key} in place of {key}")
+            if whole:
+                record.verify()
+                record.kv()
         except Unreadable as fault:
             self.fault(fault.reason)
             return False

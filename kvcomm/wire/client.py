@@ -55,12 +55,15 @@ class ServerStore(RecordStore):
         tls: ssl.SSLContext | None = None,
         deadline_s: float = 1.0,
         wait_ms: float = 1000.0,
+        reads_kv: bool = True,
     ) -> None:
-        """Raises InputError for an address that is none; connects with the first call."""
+        """`reads_kv`: False for who finds text and leaves its KV to others, so that headers alone are verified. Raises
+        InputError for an address that is none; connects with the first call.
+        """
         if address is None:
             address = Address(path=default_path())
         self.address = Address.parse(address) if isinstance(address, str) else address
-        self.tenant, self.wait_ms = tenant, wait_ms
+        self.tenant, self.wait_ms, self._reads_kv = tenant, wait_ms, reads_kv
         self._options: Mapping[str, Any] = {"token": token, "tls": tls, "deadline_s": deadline_s, "windows": Windows()}
         self._connections: OrderedDict[str, Connection] = OrderedDict()  # by tenant
         self._held: OrderedDict[int, dict[str, Record]] = OrderedDict()  # by flight: what was found for a prompt
@@ -103,9 +106,7 @@ class ServerStore(RecordStore):
         return found
 
     def remove(self, key: str) -> bool:
-        with self._lock:
-            for held in self._held.values():
-                held.pop(key, None)
+        self.let_go(key)
         return bool(self.call(self._tenant_of(key), p.Remove([key], damaged=False))[0]["removed"])
 
     def segments(self) -> list[Segment]:
@@ -162,6 +163,17 @@ class ServerStore(RecordStore):
         with self._lock:
             self._held.pop(flight, None)
 
+    def let_go(self, key: str) -> None:
+        """This record is not needed any more, whatever it was found for."""
+        with self._lock:
+            for held in self._held.values():
+                held.pop(key, None)
+
+    def belong(self, keys: Iterable[str], tenant: str) -> None:
+        """Whose these are, for `get` and `get_many`, which are not told: of what this store found or put it knows."""
+        with self._lock:
+            self._remember(keys, tenant)
+
     def holds(self, key: str) -> bool:
         """Is it leased for a prompt now? Asks nobody."""
         return self._held_record(key) is not None
@@ -177,8 +189,7 @@ class ServerStore(RecordStore):
                 reply, _ = connection.call(p.Put(key), record.data)
             else:
                 reply = self._written(connection, source)
-        with self._lock:
-            self._remember(key, segment.tenant)
+        self.belong([key], segment.tenant)
         if reply["stored"]:
             return Kept(stored=True)
         return self._counts.refused(str(reply["reason"]))
@@ -209,13 +220,12 @@ class ServerStore(RecordStore):
         damaged: list[str] = []
         for key, data in self._pieces(connection, reply["objects"], body):
             record = Record(data)
-            if self._counts.sound(record, key):
+            if self._counts.sound(record, key, whole=self._reads_kv):
                 found[key] = record
             else:
                 damaged.append(key)
         with self._lock:
-            for key in found:
-                self._remember(key, connection.tenant)
+            self._remember(found, connection.tenant)
         if damaged:
             with self._guarded():
                 connection.call(p.Remove(damaged, damaged=True))
@@ -259,9 +269,10 @@ class ServerStore(RecordStore):
     def _tenant_of(self, key: str) -> str:
         return self._tenants.get(key, self.tenant or "")
 
-    def _remember(self, key: str, tenant: str) -> None:
-        self._tenants[key] = tenant
-        self._tenants.move_to_end(key)
+    def _remember(self, keys: Iterable[str], tenant: str) -> None:
+        for key in keys:
+            self._tenants[key] = tenant
+            self._tenants.move_to_end(key)
         while len(self._tenants) > 1 << 16:
             self._tenants.popitem(last=False)
 
@@ -326,7 +337,8 @@ class ServerIndex:
         return ()
 
     def remove(self, key: str) -> bool:
-        """What the store removes, its index forgets."""
+        """What the store removes, the server's index forgets; here it is not known any more."""
+        self._store.let_go(key)
         return self._added.pop(key, self) is not self
 
     def land(self, flight: int, tenant: str = "") -> None:

@@ -29,9 +29,9 @@ def _folder(model: str, revision: str | None) -> Path:
     if Path(model).is_dir():
         return Path(model)
     try:
-        from huggingface_hub import snapshot_download
+        from transformers.utils.hub import cached_file
 
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+        return Path(str(cached_file(model, "config.json", revision=revision, local_files_only=True))).parent
     except Exception as fault:  # it raises many kinds
         raise InputError(f"the files of {model!r} are not on this machine, so its KV cannot be shared: {fault}") from fault
 

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-
 from kvcomm.errors import CacheFault
 from kvcomm.segments import Segment, SegmentKV
 
@@ -85,6 +83,8 @@ class Store(Protocol):
 
 def check_kv(segment: Segment, kv: SegmentKV) -> None:
     """Raise CacheFault unless `kv` is finite and has the shapes and position of `segment`'s KV. Reads every element."""
+    import torch  # here, so that a process which moves bytes alone does without it
+
     tokens = len(segment.ids)
     if not tokens:
         raise CacheFault("the segment has no tokens")

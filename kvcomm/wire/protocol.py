@@ -55,6 +55,7 @@ MAX_BODY = 1 << 40  # bytes; whoever reads one knows a narrower limit
 MAX_KEYS = 1 << 16  # keys in one request
 MAX_TOKENS = 1 << 21
 MAX_TEXT = 1 << 12  # characters of a name
+MAX_FIELDS = 16  # of a request
 PREFIX = struct.Struct("<2sBBIQ")
 _MAGIC = b"KV"
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -265,7 +266,7 @@ def pack_request(request: Request) -> bytes:
 
 def request_of(payload: bytes) -> Request:
     """Raises Malformed for what is no request, whatever the bytes."""
-    given = _map(payload, _OneList(), _OneMap())
+    given = _fields(payload)
     op = given.pop("op", None)
     kind = REQUESTS.get(op) if isinstance(op, str) else None
     if kind is None:
@@ -284,34 +285,45 @@ def request_of(payload: bytes) -> Request:
 
 def reply_of(payload: bytes) -> dict[str, Any]:
     """A reply's fields; a refused request's reply has `error` and `text`. Raises Malformed for what is no reply."""
-    return _map(payload, None, None)
-
-
-class _OneList:
-    """A request holds one list at most: more are not even read to their end, as empty ones cost 56 times their bytes."""
-
-    def __init__(self) -> None:
-        self.seen = 0
-
-    def __call__(self, value: Any) -> Any:
-        self.seen += 1
-        if self.seen > 1:
-            raise ValueError(f"more than one {type(value).__name__}")
-        return value
-
-
-class _OneMap(_OneList):
-    """The same of maps."""
-
-
-def _map(payload: bytes, lists: _OneList | None, maps: _OneMap | None) -> dict[str, Any]:
     try:
-        given = msgpack.unpackb(payload, strict_map_key=True, list_hook=lists, object_hook=maps, max_ext_len=0)
-    except Exception as fault:  # msgpack raises many kinds
-        raise Malformed(f"{len(payload)} bytes that are no msgpack: {fault!r}") from fault
+        given = msgpack.unpackb(payload, strict_map_key=True, max_ext_len=0)
+    except Exception as fault:  # noqa: BLE001  # msgpack raises many kinds, some with all that it has read
+        raise Malformed(f"{len(payload)} bytes that are no msgpack: {type(fault).__name__}") from None
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise Malformed("not a map with names")
     return given
+
+
+def _fields(payload: bytes) -> dict[str, Any]:
+    """A request's. Read piece by piece: msgpack makes room for all that a list claims to have before it reads the first of it,
+    and lists within lists could claim anything.
+    """
+    given: dict[str, Any] = {}
+    try:
+        unpacker = msgpack.Unpacker(
+            max_buffer_size=len(payload), max_array_len=0, max_map_len=0, max_str_len=4 * MAX_TEXT, max_ext_len=0
+        )
+        unpacker.feed(payload)
+        for _ in range(unpacker.read_map_header()):
+            name = unpacker.unpack()
+            if not isinstance(name, str) or name in given or len(given) == MAX_FIELDS:
+                raise ValueError("not a map with names")
+            given[name] = _value(unpacker, payload[unpacker.tell()])
+        if unpacker.tell() != len(payload):
+            raise ValueError(f"it ends after {unpacker.tell()}")
+    except Exception as fault:  # noqa: BLE001  # msgpack raises many kinds
+        raise Malformed(f"{len(payload)} bytes that are no request: {type(fault).__name__} {str(fault)[:100]}") from None
+    return given
+
+
+def _value(unpacker: Any, kind: int) -> Any:
+    """The next one, whose first byte is `kind`: a list of what is none, or no list."""
+    if kind & 0xF0 != 0x90 and kind not in (0xDC, 0xDD):
+        return unpacker.unpack()
+    count = unpacker.read_array_header()
+    if count > MAX_KEYS:
+        raise ValueError(f"a list of {count}")
+    return [unpacker.unpack() for _ in range(count)]
 
 
 def _is(value: object, hint: object) -> bool:

@@ -1,6 +1,6 @@
-"""Anchors as bytes: one safetensors document each, and a manifest in msgpack of what each must be. Knows nothing of folders.
+"""Anchors as bytes: one safetensors document each, and the entry that says what it must be. Knows nothing of folders.
 
-The manifest says what the tensors mean (slot, model, tenant, codecs) and the checksum that a document must have; names, dtypes
+The entry says what the tensors mean (slot, model, tenant, codecs) and the checksum that a document must have; names, dtypes
 and shapes of tensors stand in the document's own header, under the same checksum.
 """
 
@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass
-from hashlib import blake2b
-from typing import NamedTuple
+from collections.abc import Mapping
 
-import msgpack
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -21,40 +17,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from kvcomm.anchors.anchor import Anchor
+from kvcomm.anchors.entry import VERSION, Entry, Layout, checksum, pack_manifest, unpack_manifest
 from kvcomm.anchors.parts import tensors
 from kvcomm.codecs.base import Packed, PackedKV
-from kvcomm.errors import CacheFault, InputError
+from kvcomm.errors import CacheFault
 
 __all__ = ["VERSION", "Entry", "Layout", "checksum", "decode", "encode", "layouts", "pack_manifest", "unpack_manifest"]
-
-VERSION = 1  # of manifest and documents; a change of either is a new version
-FORMAT = "kvcomm-anchors"
-
-
-class Layout(NamedTuple):
-    """What a packed K/V's tensors mean."""
-
-    codec: str
-    keys: tuple[int, ...]  # channels per layer
-    values: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One anchor in the manifest."""
-
-    key: str
-    slot: str
-    fingerprint: str
-    tenant: str
-    base: Layout
-    deviation: Layout
-    checksum: str  # of the document
-    nbytes: int  # of the document
-
-
-def checksum(data: bytes) -> str:
-    return blake2b(data, digest_size=16).hexdigest()
 
 
 def layouts(anchor: Anchor) -> tuple[Layout, Layout]:
@@ -90,40 +58,6 @@ def decode(entry: Entry, data: bytes) -> Anchor:
     if anchor.key != entry.key:
         raise CacheFault(f"anchor {entry.key}: its document holds {anchor.key}")
     return anchor
-
-
-def pack_manifest(entries: Iterable[Entry]) -> bytes:
-    body = msgpack.packb([astuple(entry) for entry in entries])
-    return bytes(msgpack.packb({"format": FORMAT, "version": VERSION, "checksum": checksum(body), "entries": body}))
-
-
-def unpack_manifest(data: bytes) -> list[Entry]:
-    """Raises CacheFault for what is no whole manifest, and InputError for one of another version."""
-    try:
-        outer = msgpack.unpackb(data)
-        if outer["format"] != FORMAT:
-            raise ValueError(f"format {outer['format']!r}")
-        version, body = outer["version"], outer["entries"]
-        if version != VERSION:
-            raise InputError(f"version {version} of the snapshot's format; this kvcomm reads version {VERSION}")
-        if checksum(body) != outer["checksum"]:
-            raise ValueError("the checksum does not fit")
-        return [_entry(*fields) for fields in msgpack.unpackb(body)]
-    except InputError:
-        raise
-    except Exception as fault:  # msgpack raises many kinds, and altered bytes may be of any type
-        raise CacheFault(f"the snapshot's manifest is damaged ({fault!r})") from fault
-
-
-def _entry(
-    key: str, slot: str, fingerprint: str, tenant: str, base: list[object], deviation: list[object], checksum: str, nbytes: int
-) -> Entry:
-    return Entry(key, slot, fingerprint, tenant, _to_layout(*base), _to_layout(*deviation), checksum, nbytes)
-
-
-def _to_layout(codec: object, keys: object, values: object) -> Layout:
-    assert isinstance(codec, str) and isinstance(keys, list) and isinstance(values, list)
-    return Layout(codec, tuple(keys), tuple(values))
 
 
 def _layout(kv: PackedKV) -> Layout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kvcomm.anchors.record import Entry, Layout, pack_manifest, unpack_manifest
+from kvcomm.anchors.entry import Entry, Layout, pack_manifest, unpack_manifest
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.wire import protocol as p
 
@@ -20,7 +20,7 @@ def pack_entry(entry: Entry) -> bytes:
 
 
 def unpack_entry(data: bytes) -> Entry:
-    """Every field of its type, keys and checksums of their form. Raises CacheFault for what is no entry, or of another version."""
+    """Every field is of its type and form. Raises CacheFault for what is no entry, or of another version."""
     if len(data) > MAX_ENTRY:
         raise CacheFault(f"an entry of {len(data)} bytes; at most {MAX_ENTRY} are read")
     try:

@@ -18,21 +18,33 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from kvcomm.anchors.base import DUPLICATE, TOO_LARGE
-from kvcomm.anchors.record import Entry, checksum
+from kvcomm.anchors.entry import Entry, checksum
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.wire.anchor_entry import MAX_DOCUMENT, unpack_entry
 from kvcomm.wire.anchor_folder import AnchorFolder, Change
 from kvcomm.wire.anchor_shelf import Kept, Shelf
 
-__all__ = ["DAMAGED", "DISK", "JOURNAL", "MALFORMED", "MISSING", "OTHER_TENANT", "AnchorLog", "LogStats"]
+__all__ = [
+    "DAMAGED",
+    "DISK",
+    "DUPLICATE",
+    "JOURNAL",
+    "MALFORMED",
+    "MISSING",
+    "OTHER_TENANT",
+    "TOO_LARGE",
+    "AnchorLog",
+    "LogStats",
+]
 
 DAMAGED = "damaged"  # the document is not the one that its entry describes
 DISK = "disk"  # the disk refused it
+DUPLICATE = "duplicate"  # kept already; this and TOO_LARGE as in `kvcomm.anchors.base`, which needs torch
 JOURNAL = "journal"  # a place in the journal that cannot be read
 MALFORMED = "malformed"  # no entry
 MISSING = "missing"  # committed, and its document is not there any more
 OTHER_TENANT = "other-tenant"  # not of the tenant that the client is bound to
+TOO_LARGE = "larger-than-pool"  # or than what a reply may hold
 
 SUMMED_UP = 1 << 10  # entries of the journal that do not matter any more, before it is rewritten
 NUMBERS = 40  # bits of a version that count; the 22 above them are the epoch

@@ -1,4 +1,4 @@
-"""What a log of anchors holds in memory: by number, by key and by slot, who leaves for another, and what came and left since when.
+"""What a log of anchors holds in memory: by number, key and slot, who leaves for another, and what came and left when.
 
 Knows nothing of locks, disks or versions: whoever changes it must do so alone.
 """

@@ -13,6 +13,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Literal
 
 from kvcomm.errors import CacheFault, InputError
@@ -23,6 +24,7 @@ from kvcomm.store.ledger import LIMIT, Ledger
 from kvcomm.store.priced import Priced
 from kvcomm.store.record import Record
 from kvcomm.store.records import Counts, RecordStore
+from kvcomm.store.tolerant import Tolerant
 
 __all__ = ["NOT_WRITTEN", "QUEUE_FULL", "Tiered"]
 
@@ -56,17 +58,18 @@ class Tiered(RecordStore):
             raise InputError(f"write is {write!r}; it must be 'through' or 'back'")
         self.front, self.back, self.promote, self.drain_s = front, back, promote, drain_s
         self._front, self._back = (t if isinstance(t, Tiered) else Priced(t, clock) for t in (front, back))
-        self._queue = Behind(self._write_later, self._take_back, queue_bytes) if write == "back" else None
         self._ledger = Ledger()
         self._left: deque[str] = deque(maxlen=LIMIT)  # keys that left a tier and of which nobody was told
         self._counts = Counts()
+        self._above, self._below = Tolerant(front, self._counts), Tolerant(back, self._counts)
+        self._queue = Behind(self._write_later, self._take_back, queue_bytes) if write == "back" else None
 
     # -- put -------------------------------------------------------------------------------------------------------------
 
     def put_record(self, record: Record) -> Kept:
         """Stored when any tier keeps it, or is going to."""
         _ = record.key  # raises Unreadable before a tier is asked
-        above = self._put(self.front, record)
+        above = self._above.put(record)
         below = self._down(record)
         evicted = self.lost([*above.evicted, *below.evicted])
         if above or below:
@@ -84,20 +87,33 @@ class Tiered(RecordStore):
         what no tier keeps any more. Whoever indexes them must forget them.
         """
         asked = dict.fromkeys([*self._pending(), *keys])
-        gone = [key for key in asked if not self._ledger.is_below(key) and self._queued(key) is None]
+        absent = [key for key in asked if not self._ledger.is_below(key)]
+        gone = [key for key in absent if self._queued(key) is None]
+        self._left.extend(key for key in absent if key not in gone)  # whether they will be kept is not known yet
         if not gone:
             return ()
         if isinstance(self.front, Tiered):  # it can tell what it lost from what a tier of its own that failed may keep
             told = self.front.lost(gone)
             self._left.extend(key for key in told if key not in asked)
             return tuple(key for key in gone if key in told)
-        try:
-            here = self.front.has(gone)
-        except CacheFault as fault:
-            self._fault(self.front, fault)
+        here = self._above.has(gone)
+        if here is None:
             self._left.extend(gone)
             return ()
         return tuple(key for key in gone if key not in here)
+
+    def _pending(self) -> list[str]:
+        """What left since the last call, in the tiers as well."""
+        keys = []
+        with suppress(IndexError):  # empty: others may take from it at the same time
+            while True:
+                keys.append(self._left.popleft())
+        for tier in (self.front, self.back):
+            if isinstance(tier, Tiered) and (lost := tier.lost()):
+                keys += lost
+                if tier is self.back:
+                    self._ledger.mark(lost, below=False)
+        return keys
 
     # -- get -------------------------------------------------------------------------------------------------------------
 
@@ -144,14 +160,14 @@ class Tiered(RecordStore):
         try:
             return tier.get(keys), declined
         except CacheFault as fault:
-            reason = self._fault(tier.store, fault)
+            reason = (self._above if tier is self._front else self._below).fault(fault)
             return {}, {**declined, **dict.fromkeys(keys, reason)}
 
     def _promoted(self, records: dict[str, Record]) -> dict[str, Record]:
         """These, as the front keeps them now where it does."""
         kept = []
         for key, record in records.items():
-            put = self._put(self.front, record)
+            put = self._above.put(record)
             self._left.extend(put.evicted)
             if put:
                 kept.append(key)
@@ -164,26 +180,23 @@ class Tiered(RecordStore):
         """Asks the back only for what is not in front of it."""
         asked = list(keys)
         here = {key for key in asked if self._queued(key) is not None}
-        for tier in (self.front, self.back):
+        for tier in (self._above, self._below):
             if missing := [key for key in asked if key not in here]:
-                try:
-                    here |= tier.has(missing)
-                except CacheFault as fault:
-                    self._fault(tier, fault)
+                here |= tier.has(missing) or set()
         return here
 
     def remove(self, key: str) -> bool:
         """From all tiers; from one that fails it may not be gone."""
         gone = self._queue is not None and self._queue.discard(key)
-        for tier in (self.front, self.back):
-            gone = self._remove(tier, key) or gone
+        for tier in (self._above, self._below):
+            gone = tier.remove(key) or gone
         self._ledger.forget(key)
         return gone
 
     def segments(self) -> list[Segment]:
         """What only the back keeps comes first."""
-        front = {s.key: s for s in self._segments(self.front)}
-        back = [s for s in self._segments(self.back) if s.key not in front]
+        front = {s.key: s for s in self._above.segments()}
+        back = [s for s in self._below.segments() if s.key not in front]
         return [*back, *front.values()]
 
     def stats(self) -> StoreStats:
@@ -228,56 +241,14 @@ class Tiered(RecordStore):
         if self._queue is not None:
             for _ in self._queue.close(self.drain_s):
                 self._counts.refused(NOT_WRITTEN)
-        for tier in (self.front, self.back):
-            try:
-                tier.close()
-            except CacheFault as fault:
-                self._fault(tier, fault)
+        for tier in (self._above, self._below):
+            tier.close()
 
     def check_integrity(self) -> None:
         for tier in (self.front, self.back):
             tier.check_integrity()
         if self._queue is not None:
             self._queue.check_integrity()
-
-    # -- one tier, whose faults are counted ------------------------------------------------------------------------------
-
-    def _fault(self, tier: RecordStore, fault: Exception) -> str:
-        reason = f"{tier.name}-{getattr(fault, 'reason', 'fault')}"
-        self._counts.fault(reason)
-        return reason
-
-    def _put(self, tier: RecordStore, record: Record) -> Kept:
-        try:
-            return tier.put_record(record)
-        except CacheFault as fault:
-            return Kept(stored=False, reason=self._fault(tier, fault))
-
-    def _remove(self, tier: RecordStore, key: str) -> bool:
-        try:
-            return tier.remove(key)
-        except CacheFault as fault:
-            self._fault(tier, fault)
-            return False
-
-    def _segments(self, tier: RecordStore) -> list[Segment]:
-        try:
-            return tier.segments()
-        except CacheFault as fault:
-            self._fault(tier, fault)
-            return []
-
-    def _pending(self) -> list[str]:
-        """What left since the last call, in the tiers as well."""
-        keys = []
-        while self._left:
-            keys.append(self._left.popleft())
-        for tier in (self.front, self.back):
-            if isinstance(tier, Tiered) and (lost := tier.lost()):
-                keys += lost
-                if tier is self.back:
-                    self._ledger.mark(lost, below=False)
-        return keys
 
     # -- writing down ----------------------------------------------------------------------------------------------------
 
@@ -291,7 +262,7 @@ class Tiered(RecordStore):
         return Kept(stored=True) if self._queue.add(record) else self._counts.refused(QUEUE_FULL)
 
     def _write(self, record: Record) -> Kept:
-        kept = self._put(self.back, record)
+        kept = self._below.put(record)
         self._ledger.mark(kept.evicted, below=False)
         if kept:
             self._ledger.saw(record.key, record.nbytes)
@@ -307,5 +278,5 @@ class Tiered(RecordStore):
         self._left.extend([*kept.evicted, *([] if kept else [record.key])])
 
     def _take_back(self, key: str) -> None:
-        self._remove(self.back, key)
+        self._below.remove(key)
         self._ledger.forget(key)

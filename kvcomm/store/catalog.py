@@ -14,7 +14,7 @@ import xxhash
 
 from kvcomm.store.base import Kept
 from kvcomm.store.eviction import IN_USE, Book, Quotas
-from kvcomm.store.journal import Journal
+from kvcomm.store.journal import Journal, read
 from kvcomm.store.record import DAMAGED, Record, Unreadable
 
 __all__ = ["Catalog", "Entry", "digest", "replayed", "understood"]
@@ -56,6 +56,7 @@ class Catalog:
         self._entries: dict[str, Entry] = {}
         self._uses: Counter[str] = Counter()
         self._news: set[str] = set()  # whose uses the journal does not know yet
+        self._gone: set[str] = set()  # of whose removal it does not know yet
         self._slack = _SLACK
 
     def __len__(self) -> int:
@@ -106,11 +107,12 @@ class Catalog:
             self.tell_uses()
 
     def remove(self, key: str) -> None:
-        """Its file is gone; an entry without a file is nothing, should the journal not take it."""
+        """Its file is gone; until the journal can be told, it has an entry without a file, which is nothing."""
         self.book.remove(key)
         self._drop(key)
+        self._gone.add(key)
         with suppress(OSError):
-            self._tell([["-", key]])
+            self._tell([])
 
     def tell_uses(self) -> None:
         with suppress(OSError):  # they are an estimate
@@ -122,13 +124,20 @@ class Catalog:
         if self.journal is not None:
             self.journal.replace(["+", *entry] for entry in self.entries())
             self._news.clear()
+            self._gone.clear()
             self._slack = _SLACK
 
     def check_integrity(self) -> None:
-        """Raise AssertionError when its parts contradict each other."""
+        """Raise AssertionError when its parts contradict each other, or the journal."""
         self.book.check_integrity()
         assert set(self.book.order()) == self._entries.keys() == self._uses.keys() >= self._news
         assert self.book.nbytes == sum(entry.nbytes for entry in self._entries.values())
+        if self.journal is not None:
+            contents = read(self.journal.path)
+            assert (contents.damaged, contents.torn, len(contents.entries)) == (0, 0, self.journal.count)
+            known = {entry.key: entry._replace(uses=1) for entry in replayed(contents.entries)}
+            assert {key: known.get(key) for key in self._entries} == {k: e._replace(uses=1) for k, e in self._entries.items()}
+            assert known.keys() - self._entries.keys() <= self._gone
 
     def _replace(self, victims: Iterable[str], entry: Entry) -> None:
         for key in victims:
@@ -154,7 +163,8 @@ class Catalog:
                 self.compact()
             except OSError:
                 self._slack += self.journal.count  # not again at once
-        self.journal.append(lines)
+        self.journal.append([*(["-", key] for key in self._gone), *lines])
+        self._gone.clear()
 
 
 @contextmanager

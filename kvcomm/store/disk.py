@@ -243,16 +243,9 @@ class DiskStore(RecordStore):
     def check_integrity(self) -> None:
         with self._lock:
             self._catalog.check_integrity()
-            entries = {entry.key: entry for entry in self._catalog.entries()}
-            assert entries.keys() == self._folder.keys()
-            for key, entry in entries.items():
-                assert self._folder.nbytes(key) == entry.nbytes, f"{key} has other bytes than its entry"
-            journal = self._catalog.journal
-            if journal is not None:
-                contents = read(self._folder.path / "journal")
-                assert (contents.damaged, contents.torn, len(contents.entries)) == (0, 0, journal.count)
-                known = {entry.key: entry._replace(uses=entries[entry.key].uses) for entry in replayed(contents.entries)}
-                assert known == entries
+            assert self._catalog.keys() == self._folder.keys()
+            for entry in self._catalog.entries():
+                assert self._folder.nbytes(entry.key) == entry.nbytes, f"{entry.key} has other bytes than its entry"
 
     def close(self) -> None:
         with self._lock:
@@ -269,7 +262,7 @@ class DiskStore(RecordStore):
         missing = [entry.key for entry in known if entry.key not in present]
         adopted, faults = self._adopted(present.difference(entry.key for entry in known))
         evicted: list[str] = []
-        for entry in (*(entry for entry in known if entry.key in present), *adopted):
+        for entry in (*adopted, *(entry for entry in known if entry.key in present)):  # who left already leaves first
             evicted += self._catalog.admit(entry)
         if not read_only:
             for key in (*faults, *evicted):

@@ -83,7 +83,7 @@ class Journal:
         """Goes on behind `contents`, just read from `path`; what is torn is cut off. `sync`: what is written is on the disk,
         and not only out of this process's hands. Raises OSError.
         """
-        self._path, self._sync = path, sync
+        self.path, self._sync = path, sync
         self._file = -1
         if contents.end:
             self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -121,13 +121,13 @@ class Journal:
         seed = int.from_bytes(os.urandom(8), "little")
         head = _HEAD.pack(_MAGIC, VERSION, 0, seed)
         parts = [head, xxhash.xxh3_64_digest(head), *(_frame(entry, seed) for entry in entries)]
-        beside = self._path.with_name(self._path.name + ".new")
+        beside = self.path.with_name(self.path.name + ".new")
         file = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             _write(file, b"".join(parts), 0)
             if self._sync:
                 os.fsync(file)
-            os.replace(beside, self._path)
+            os.replace(beside, self.path)
         except BaseException:
             os.close(file)
             with suppress(OSError):
@@ -137,7 +137,7 @@ class Journal:
         self._file, self._seed, self.count = file, seed, len(parts) - 2
         self._end = sum(map(len, parts))
         if self._sync:
-            sync_folder(self._path.parent)
+            sync_folder(self.path.parent)
 
     def close(self) -> None:
         if self._file >= 0:

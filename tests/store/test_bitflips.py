@@ -63,7 +63,7 @@ def same(a: SegmentKV | None, b: SegmentKV) -> bool:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_byte_of_a_small_file(tmp_path: Path, shape: str) -> None:
-    s, kv = made(*SHAPES[shape])  # type: ignore[arg-type]
+    s, kv = made(*SHAPES[shape])
     record = Record.of(s, kv)
     store = DiskStore(tmp_path, 1 << 20)
     assert store.put_record(record)
@@ -86,7 +86,7 @@ def test_every_byte_of_a_small_file(tmp_path: Path, shape: str) -> None:
 @pytest.mark.parametrize("shape", ["float32", "float16"])
 def test_every_byte_of_a_file_that_the_journal_does_not_know(tmp_path: Path, shape: str) -> None:
     """What is adopted by its header alone is verified when it is read."""
-    s, kv = made(*SHAPES[shape])  # type: ignore[arg-type]
+    s, kv = made(*SHAPES[shape])
     record = Record.of(s, kv)
     path = file_of(tmp_path, s.key)
     adopted = 0

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from kvcomm.agents.team import Generator, Team
 from kvcomm.backends.loading import dtype_named, load
-from kvcomm.demo import on_vllm, runner
+from kvcomm.demo import on_processes, on_vllm, runner
+from kvcomm.demo.on_processes import Processes
 from kvcomm.demo.page import page, terminal
 from kvcomm.demo.runner import RECORDED
 from kvcomm.demo.summary import summarise
@@ -38,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("hf", "vllm"), default="hf", help="what runs the model: Hugging Face, or a vLLM in this process"
     )
+    parser.add_argument(
+        "--processes",
+        action="store_true",
+        help="also the team as processes that share through a server: each agent with a model of its own in memory",
+    )
     parser.add_argument("--dtype", default="float32", help="the model's dtype (default: float32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, metavar="FILE", help="append the dense arm's calls to this file")
@@ -53,6 +59,8 @@ def measure(args: argparse.Namespace, record: Recorder | None = None) -> dict[st
     ):
         if value < low or (high is not None and value > high):
             raise InputError(f"--{name} is {value}; it must be at least {low}" + (f" and at most {high}" if high else ""))
+    if args.processes and args.backend != "hf":
+        raise InputError(f"--processes is measured on --backend hf, not on {args.backend}; leave one of them out")
     team = own_questions(Team.from_yaml(args.team)) if args.team else None
     dtype_named(args.dtype)
     names = list(ROLES)
@@ -61,10 +69,17 @@ def measure(args: argparse.Namespace, record: Recorder | None = None) -> dict[st
     tasks = [
         make_task(rng, names[i % len(names)], teams[names[i % len(names)]].agents, args.documents) for i in range(args.requests)
     ]
-    with _arms(args) as generators:
+    with _arms(args, teams) as generators:
         _warm_up(generators, teams, make_task(random.Random(~args.seed), names[0], teams[names[0]].agents, 2))
+        arm = generators.get("processes")
+        apart = arm if isinstance(arm, Processes) else None
+        if apart:
+            apart.begin()
         with tqdm(total=len(tasks) * len(generators), desc="requests x arms", disable=args.quiet, leave=False) as bar:
-            calls = runner.run(generators, teams, tasks, seed=args.seed, tick=bar.update, record=record)
+            calls = runner.run(
+                generators, teams, tasks, seed=args.seed, tick=bar.update, record=record, reader=apart and apart.reader
+            )
+        tally = apart and apart.tally()
     summary = summarise(calls)
     return document(
         "kvcomm.demo/1",
@@ -74,20 +89,26 @@ def measure(args: argparse.Namespace, record: Recorder | None = None) -> dict[st
         dtype=args.dtype,
         seed=args.seed,
         teams={name: {"agents": [a.name for a in t.agents], "graph": t.graph()} for name, t in teams.items()},
+        processes=tally,
         all=summary.pop("all"),
         workloads=summary,
-        example=[c for c in calls if c.request == 0 and c.arm in ("dense", "shared")],
+        example=[c for c in calls if c.request == 0 and c.arm in ("dense", "shared", "processes")],
     )
 
 
 @contextmanager
-def _arms(args: argparse.Namespace) -> Iterator[Mapping[str, Generator]]:
+def _arms(args: argparse.Namespace, teams: Mapping[str, Team]) -> Iterator[Mapping[str, Generator]]:
     """One generator per arm, on the backend that was asked for."""
     if args.backend == "vllm":
         with on_vllm.arms(args.model, args.dtype, quiet=args.quiet) as generators:
             yield generators
+        return
+    backend = load(args.model, dtype=dtype_named(args.dtype))
+    if args.processes:
+        with on_processes.arms(backend, args.model, args.dtype, teams) as generators:
+            yield generators
     else:
-        yield runner.arms(load(args.model, dtype=dtype_named(args.dtype)))
+        yield runner.arms(backend)
 
 
 def _warm_up(generators: Mapping[str, Generator], teams: dict[str, Team], task: Task) -> None:

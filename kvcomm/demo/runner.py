@@ -1,7 +1,8 @@
 """Runs the same requests through every arm and records each call.
 
 An arm is one engine with its own store on the one model: `dense` reuses nothing, `prefix_cache` exact prefixes only, `shared`
-is kvcomm, `rotate` moves keys without repairing anything. The order of the arms changes from request to request.
+is kvcomm, `rotate` moves keys without repairing anything. `processes` is another thing (see `on_processes`). The order of the
+arms changes from request to request.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from kvcomm.agents.team import Generator, Team, Turn
 from kvcomm.backends.base import Backend
 from kvcomm.config import Config
+from kvcomm.demo.prefills import Passage, Reader
 from kvcomm.demo.workloads import Task
 from kvcomm.engine import KVComm, Output, Rule
 from kvcomm.replay.recording.recorder import Recorder
@@ -23,7 +25,7 @@ from kvcomm.tiny import tasks
 __all__ = ["ARMS", "STORE_BYTES", "Arm", "Call", "arms", "run"]
 
 STORE_BYTES = 1 << 29  # per arm: more than the requests that text is shared within
-ARMS = ("dense", "prefix_cache", "shared", "rotate")
+ARMS = ("dense", "prefix_cache", "shared", "rotate", "processes")
 RECORDED = "dense"  # its answers are the model's own, whatever is measured on them later
 
 
@@ -41,6 +43,7 @@ class Call:
     right: tuple[bool, ...]  # per question
     bindings: tuple[str, ...]  # per question
     report: ReuseReport
+    passages: tuple[Passage, ...] = ()  # the request's documents in its prompt, where they are counted
 
 
 class Arm:
@@ -75,10 +78,11 @@ def run(
     seed: int,
     tick: Callable[[], object] = lambda: None,
     record: Recorder | None = None,
+    reader: Reader | None = None,
 ) -> list[Call]:
     """Every request through every arm, `tick` called after each. Answers flow: an agent reads what the others really said.
 
-    What the arm RECORDED is asked and answers goes to `record`, a session for each request.
+    What the arm RECORDED is asked and answers goes to `record`, a session for each request. `reader` counts documents.
     """
     rng = random.Random(seed)
     calls: list[Call] = []
@@ -89,15 +93,16 @@ def run(
             team = replace(teams[task.workload], record=record if name == RECORDED else None)
             done = team.run(generators[name], task.fields, session=f"{task.workload}-{seed}-{number}")
             speakers = list(dict.fromkeys(turn.agent for turn in done.turns))
-            calls += [_call(task, number, name, speakers.index(turn.agent) + 1, turn) for turn in done.turns]
+            calls += [_call(task, number, name, speakers.index(turn.agent) + 1, turn, reader) for turn in done.turns]
             tick()
     return calls
 
 
-def _call(task: Task, request: int, arm: str, position: int, turn: Turn) -> Call:
+def _call(task: Task, request: int, arm: str, position: int, turn: Turn, reader: Reader | None) -> Call:
     items = task.items[turn.agent]
     right = tuple(tasks.score(items, turn.output.text))
     bindings = tuple(item.binding for item in items)
+    report = turn.output.report
     return Call(
         workload=task.workload,
         request=request,
@@ -108,5 +113,6 @@ def _call(task: Task, request: int, arm: str, position: int, turn: Turn) -> Call
         text=turn.output.text,
         right=right,
         bindings=bindings,
-        report=turn.output.report,
+        report=report,
+        passages=() if reader is None else reader.passages(turn.messages, task.bundles, report),
     )

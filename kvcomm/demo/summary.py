@@ -6,6 +6,7 @@ Which calls a number is over, in the block of a workload and in `all`:
     token_reuse_rate, call_reuse_rate, ttft_*                  the agents after the first, which has nobody to reuse from
     later_agents: accuracy_*, answers_equal_to_dense           the same
     agents[i]                                                  that agent, in all rounds
+    processes: answers_*, documents                            all agents; the rest is over those after the first
 """
 
 from __future__ import annotations
@@ -18,6 +19,15 @@ from kvcomm.demo.runner import ARMS, Call
 from kvcomm.segments import RUNGS
 
 __all__ = ["summarise"]
+
+PARTS = (
+    "match_ms",
+    "plan_ms",
+    "estimate_ms",
+    "assemble_ms",
+    "forward_ms",
+    "learn_ms",
+)  # but the last, of the time to first token
 
 
 def accuracy(calls: Iterable[Call], binding: str | None = None) -> float | None:
@@ -69,6 +79,7 @@ def _workload(calls: Sequence[Call]) -> dict[str, Any]:
         },
         "agents": [_agent(position, agent, by_arm) for position, agent in sorted(agents)],
         "fallbacks": _fallbacks(by_arm["shared"]),
+        "processes": _processes(by_arm, later) if by_arm["processes"] else None,
     }
 
 
@@ -107,6 +118,34 @@ def _equal(dense: Sequence[Call], shared: Sequence[Call]) -> float | None:
     texts = {(c.workload, c.request, c.round, c.position): c.text for c in dense}
     same = [texts[c.workload, c.request, c.round, c.position] == c.text for c in shared]
     return sum(same) / len(same) if same else None
+
+
+def _processes(by_arm: Mapping[str, Sequence[Call]], later: Mapping[str, Sequence[Call]]) -> dict[str, Any]:
+    """The team as processes, beside the same team in one."""
+    apart, together = ttft_ms(later["processes"]), ttft_ms(later["shared"])
+    read = [(c.request, passage.document) for c in by_arm["processes"] for passage in c.passages]
+    return {
+        "answers_equal_to_dense": _equal(by_arm["dense"], by_arm["processes"]),
+        "answers_equal_to_shared": _equal(by_arm["shared"], by_arm["processes"]),
+        "token_reuse_rate": _token_reuse(later["processes"]),
+        "token_reuse_rate_shared": _token_reuse(later["shared"]),
+        "ttft_ratio": apart / together if apart and together else None,
+        "parts_ms": {arm: {part: _median(later[arm], part) for part in PARTS} for arm in ("shared", "processes")},
+        "documents": {
+            "distinct": len(set(read)),
+            "read": len(read),
+            "prefilled": {
+                arm: sum(passage.prefilled for c in by_arm[arm] for passage in c.passages)
+                for arm in ("dense", "shared", "processes")
+            },
+        },
+    }
+
+
+def _median(calls: Sequence[Call], part: str) -> float | None:
+    """Of a field of the reports."""
+    values = [value for c in calls if (value := getattr(c.report, part)) is not None]
+    return median(values) if values else None
 
 
 def _fallbacks(calls: Sequence[Call]) -> dict[str, int]:

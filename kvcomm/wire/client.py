@@ -29,7 +29,7 @@ from kvcomm.store.record import Bytes, Draft, Record, empty
 from kvcomm.store.records import Counts, RecordStore
 from kvcomm.wire import protocol as p
 from kvcomm.wire.address import Address, default_path
-from kvcomm.wire.transport import Connection, Unreachable, Windows
+from kvcomm.wire.transport import Answer, Connection, Holdings, Unreachable
 
 __all__ = ["ServerIndex", "ServerStore"]
 
@@ -64,7 +64,7 @@ class ServerStore(RecordStore):
             address = Address(path=default_path())
         self.address = Address.parse(address) if isinstance(address, str) else address
         self.tenant, self.wait_ms, self._reads_kv = tenant, wait_ms, reads_kv
-        self._options: Mapping[str, Any] = {"token": token, "tls": tls, "deadline_s": deadline_s, "windows": Windows()}
+        self._options: Mapping[str, Any] = {"token": token, "tls": tls, "deadline_s": deadline_s, "holdings": Holdings()}
         self._connections: OrderedDict[str, Connection] = OrderedDict()  # by tenant
         self._held: OrderedDict[int, dict[str, Record]] = OrderedDict()  # by flight: what was found for a prompt
         self._tenants: OrderedDict[str, str] = OrderedDict()  # key -> tenant, of what was found or put lately
@@ -93,8 +93,8 @@ class ServerStore(RecordStore):
         for tenant, wanted in by_tenant.items():
             connection = self._connection(tenant)
             with self._guarded():
-                reply, body = connection.call(p.Get(wanted))
-            found |= self._received(connection, reply, body)
+                answer = connection.ask(p.Get(wanted))
+            found |= self._received(connection, answer)
         self._counts.looked_up(len(found), len(asked))
         return found
 
@@ -150,8 +150,8 @@ class ServerStore(RecordStore):
         """The reply and the records that came with it: verified, and held for `get_many` until the flight's `drop`."""
         connection = self._connection(tenant)
         with self._guarded():
-            reply, body = connection.call(request, deadline_s=connection.deadline_s + request.wait_ms / 1e3)
-        found = self._received(connection, reply, body)
+            answer = connection.ask(request, deadline_s=connection.deadline_s + request.wait_ms / 1e3)
+        found, reply = self._received(connection, answer), answer.fields
         with self._lock:
             self._held[reply["flight"]] = dict(found)
             while len(self._held) > HELD:
@@ -196,29 +196,27 @@ class ServerStore(RecordStore):
 
     def _written(self, connection: Connection, source: Draft | Record) -> dict[str, Any]:
         """Reserve, write, commit."""
-        reply, _ = connection.call(p.Reserve(source.key, source.nbytes, source.segment.cost_ms))
-        if "stored" in reply:
-            return reply
-        window, epoch = connection.window, connection.epoch
-        assert window is not None
-        keep = False
+        reserved = connection.ask(p.Reserve(source.key, source.nbytes, source.segment.cost_ms))
+        if "stored" in reserved.fields:
+            return reserved.fields
+        assert reserved.window is not None
+        number = reserved.fields["number"]
         try:
-            target = window.write(reply["offset"], source.nbytes)
+            target = reserved.window.write(reserved.fields["offset"], source.nbytes)
             if isinstance(source, Draft):
                 source.write(target)
             else:
                 target[:] = source.data
-            keep = True
-        finally:
-            if connection.epoch == epoch:
-                reply, _ = connection.call(p.Commit(reply["generation"], keep))
-        return reply
+            return connection.ask(p.Commit(number), epoch=reserved.epoch).fields
+        except BaseException:
+            connection.let_go(reserved.epoch, number)
+            raise
 
-    def _received(self, connection: Connection, reply: Mapping[str, Any], body: Bytes | None) -> dict[str, Record]:
+    def _received(self, connection: Connection, answer: Answer) -> dict[str, Record]:
         """The records of a reply, every byte verified; the server is told of those that are damaged."""
         found: dict[str, Record] = {}
         damaged: list[str] = []
-        for key, data in self._pieces(connection, reply["objects"], body):
+        for key, data in self._pieces(connection, answer):
             record = Record(data)
             if self._counts.sound(record, key, whole=self._reads_kv):
                 found[key] = record
@@ -231,15 +229,13 @@ class ServerStore(RecordStore):
                 connection.call(p.Remove(damaged, damaged=True))
         return found
 
-    def _pieces(
-        self, connection: Connection, objects: Iterable[tuple[str, int, int, int]], body: Bytes | None
-    ) -> Iterator[tuple[str, Bytes]]:
-        window, start = connection.window, 0
-        for key, offset, nbytes, generation in objects:
-            if window is not None:
+    def _pieces(self, connection: Connection, answer: Answer) -> Iterator[tuple[str, Bytes]]:
+        body, start = answer.body, 0
+        for key, offset, nbytes, number in answer.fields["objects"]:
+            if answer.window is not None:
                 # Of a memoryview, not of an array: numpy makes what is cut from this array refer to it, and not past it.
-                data = np.frombuffer(window.read(offset, nbytes).data, np.uint8)
-                weakref.finalize(data, connection.let_go, connection.epoch, generation).atexit = False
+                data = np.frombuffer(answer.window.read(offset, nbytes).data, np.uint8)
+                weakref.finalize(data, connection.let_go, answer.epoch, number).atexit = False
             elif body is None or start + nbytes > body.nbytes:
                 raise Unreachable("malformed", f"{connection.address} announces more bytes than it sends")
             else:

@@ -64,9 +64,11 @@ class Flights:
         self._of |= {segment.key: flight for segment in segments}
         return flight.number
 
-    def ahead(self, ids: Ids, known: Sequence[Match], fingerprint: str, tenant: str, before: int | None = None) -> Ahead | None:
-        """The first flight that computes text of this prompt which `known` does not cover; of those that took off earlier than
-        `before`, so that nobody waits in a circle.
+    def ahead(
+        self, owner: object, ids: Ids, known: Sequence[Match], fingerprint: str, tenant: str, before: int | None = None
+    ) -> Ahead | None:
+        """The first flight of another owner that computes text of this prompt which `known` does not cover; of those that took
+        off earlier than `before`, so that nobody waits in a circle. An owner cannot land while it waits.
         """
         if not self._of:
             return None
@@ -74,10 +76,10 @@ class Flights:
         gaps = _gaps(len(ids), known, self._least)
         tokens: dict[int, int] = {}
         for match in self._index.find(ids, fingerprint=fingerprint, tenant=tenant):
-            number = self._of[match.segment.key].number
+            flight = self._of[match.segment.key]
             shared = sum(max(0, min(b, match.end) - max(a, match.start)) for a, b in gaps)
-            if shared >= self._least and (before is None or number < before):
-                tokens[number] = tokens.get(number, 0) + shared
+            if shared >= self._least and flight.owner is not owner and (before is None or flight.number < before):
+                tokens[flight.number] = tokens.get(flight.number, 0) + shared
         if not tokens:
             return None
         first = self._flights[min(tokens)]

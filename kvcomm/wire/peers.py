@@ -1,22 +1,32 @@
 """Who holds what of a server's memory: leases and reservations belong to a process, and end with it, however it ends.
 
 A connection may break while its process goes on reading leased memory; so what it holds is given back when the process has
-gone (a pidfd says so), not when a socket closes. Where the system has no pidfd, it is kept for GRACE seconds instead.
+gone (a pidfd says so), not when a socket closes. Where the system has no pidfd, it is kept for GRACE seconds instead. What the
+last reply on a broken connection handed out may have arrived or not: that is the process's word.
+
+Each lease has a number of its own, so that to release it twice, or in a fork of its process, releases nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from kvcomm.store.slabs import SlabStore
+from kvcomm.store.slabs import SlabStore, Slot
 
-__all__ = ["Peer", "Peers"]
+__all__ = ["Handed", "Peer", "Peers"]
 
 GRACE = 60.0  # s
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What the last reply on a connection handed out."""
+
+    replies: int = 0  # on the connection, the last one counted
+    numbers: tuple[int, ...] = ()  # of leases and reservations
 
 
 @dataclass(eq=False)
@@ -24,9 +34,12 @@ class Peer:
     """One process, by any number of connections."""
 
     pid: int
-    leases: Counter[int] = field(default_factory=Counter)  # generation -> times
-    reserved: dict[int, str] = field(default_factory=dict)  # generation -> key
-    connections: int = 0
+    leases: dict[int, int] = field(default_factory=dict)  # number -> generation
+    reserved: dict[int, Slot] = field(default_factory=dict)  # by number
+    connections: dict[int, int | None] = field(
+        default_factory=dict
+    )  # -> replies that will have arrived on it, once it is known
+    doubtful: dict[int, Handed] = field(default_factory=dict)  # by connection that has ended
     pidfd: int | None = None
 
 
@@ -36,8 +49,9 @@ class Peers:
     def __init__(self, slabs: SlabStore, log: Callable[[str], None] = lambda text: None) -> None:
         self._slabs, self._log = slabs, log
         self._peers: dict[int, Peer] = {}
+        self._numbers = 0
 
-    def connected(self, pid: int) -> Peer:
+    def connected(self, pid: int, connection: int) -> Peer:
         """A connection of process `pid` (0: unknown) has been made."""
         peer = self._peers.get(pid) if pid else None
         if peer is None:
@@ -45,31 +59,52 @@ class Peers:
             if pid:
                 self._peers[pid] = peer
                 self._watch(peer)
-        peer.connections += 1
+        peer.connections[connection] = None
         return peer
 
-    def left(self, peer: Peer) -> None:
-        """One of its connections has ended."""
-        peer.connections -= 1
+    def left(self, peer: Peer, connection: int, handed: Handed) -> None:
+        """One of its connections has ended; it has not asked again since that was handed out on it."""
+        arrived = peer.connections.pop(connection)
+        held = peer.leases.keys() | peer.reserved.keys()
+        peer.doubtful = {c: h for c, h in peer.doubtful.items() if not held.isdisjoint(h.numbers)}
+        peer.doubtful[connection] = handed
+        if arrived is not None:
+            self.lose(peer, connection, arrived)
         if not peer.connections and peer.pidfd is None:
             asyncio.get_running_loop().call_later(GRACE, lambda: None if peer.connections else self._gone(peer))
 
-    def lease(self, peer: Peer, generation: int) -> None:
-        """It was handed out to the peer."""
-        peer.leases[generation] += 1
+    def lease(self, peer: Peer, slot: Slot) -> int:
+        """It was pinned for the peer; the lease's number."""
+        self._numbers += 1
+        peer.leases[self._numbers] = slot.generation
+        return self._numbers
 
-    def release(self, peer: Peer, generation: int) -> None:
-        """The peer does not need it any more; one that it does not hold is ignored."""
-        if peer.leases[generation] > 0:
-            peer.leases[generation] -= 1
-            self._slabs.unpin(generation)
-        if not peer.leases[generation]:
-            del peer.leases[generation]
+    def reserve(self, peer: Peer, slot: Slot) -> int:
+        """It was reserved for the peer; the reservation's number."""
+        self._numbers += 1
+        peer.reserved[self._numbers] = slot
+        return self._numbers
+
+    def release(self, peer: Peer, numbers: Iterable[int]) -> None:
+        """The peer does not need these leases and reservations any more; what it does not hold is ignored."""
+        for number in numbers:
+            if (generation := peer.leases.pop(number, None)) is not None:
+                self._slabs.unpin(generation)
+            elif (slot := peer.reserved.pop(number, None)) is not None:
+                self._slabs.abort(slot.generation)
+
+    def lose(self, peer: Peer, connection: int, arrived: int) -> None:
+        """Of the replies on this connection so many have arrived, and no more will."""
+        if connection in peer.connections:
+            peer.connections[connection] = arrived
+        handed = peer.doubtful.pop(connection, Handed())
+        if handed.replies > arrived:
+            self.release(peer, handed.numbers)
 
     @property
     def leases(self) -> int:
         """Handed out now, to all."""
-        return sum(peer.leases.total() for peer in self._peers.values())
+        return sum(len(peer.leases) for peer in self._peers.values())
 
     @property
     def reservations(self) -> int:
@@ -101,13 +136,5 @@ class Peers:
         self._unwatch(peer)
         self._peers.pop(peer.pid, None)
         if peer.leases or peer.reserved:
-            self._log(
-                f"process {peer.pid} has gone: {peer.leases.total()} leases, {len(peer.reserved)} reservations given back"
-            )
-        for generation, times in peer.leases.items():
-            for _ in range(times):
-                self._slabs.unpin(generation)
-        for generation in peer.reserved:
-            self._slabs.abort(generation)
-        peer.leases.clear()
-        peer.reserved.clear()
+            self._log(f"process {peer.pid} has gone: {len(peer.leases)} leases, {len(peer.reserved)} reservations given back")
+        self.release(peer, [*peer.leases, *peer.reserved])

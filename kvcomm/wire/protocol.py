@@ -142,11 +142,10 @@ class Reserve(Request):
 
 @dataclass(frozen=True)
 class Commit(Request):
-    """What was reserved is written (`keep`), or will not be."""
+    """What was reserved is written. (What never will be is released.)"""
 
     op: ClassVar[str] = "commit"
-    generation: int
-    keep: bool
+    number: int  # of the reservation
 
 
 @dataclass(frozen=True)
@@ -162,11 +161,17 @@ class Put(Request):
 
 @dataclass(frozen=True)
 class Release(Request):
-    """These leases are not needed any more. Not replied to."""
+    """These leases and reservations of this process are not needed any more, nor what a reply handed out that did not arrive:
+    the last one of a connection, of which the client has heard fewer. Not replied to; it may be said again.
+    """
 
     op: ClassVar[str] = "release"
     replied: ClassVar[bool] = False
-    generations: list[int]
+    numbers: list[int]
+    lost: list[int]  # connection, how many replies have arrived on it, connection, ...
+
+    def check(self) -> str | None:
+        return f"{len(self.lost)} numbers, which are no pairs" if len(self.lost) % 2 else None
 
 
 @dataclass(frozen=True)

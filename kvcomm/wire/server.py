@@ -183,11 +183,13 @@ class Server:
         if uid not in (os.getuid(), 0):
             writer.close()
             return
-        peer = self.peers.connected(pid)
+        number = self.counters.connections
+        peer = self.peers.connected(pid, number)
+        session = Session(self, reader, writer, peer, number)
         try:
-            await self._serve(Session(self, reader, writer, peer, self.counters.connections))
+            await self._serve(session)
         finally:
-            self.peers.left(peer)
+            self.peers.left(peer, number, session.handed)
 
     async def _connected_by_tcp(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._serve(Session(self, reader, writer, None, self.counters.connections))

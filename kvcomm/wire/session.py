@@ -19,10 +19,11 @@ import msgpack
 from kvcomm._version import __version__
 from kvcomm.errors import KVCommError
 from kvcomm.store.base import Kept
-from kvcomm.store.record import Record, Unreadable, empty
+from kvcomm.store.record import Bytes, Record, Unreadable, empty
 from kvcomm.store.slabs import Slot
 from kvcomm.wire import protocol as p
 from kvcomm.wire.library import ids_of
+from kvcomm.wire.peers import Handed
 
 if TYPE_CHECKING:
     from kvcomm.wire.peers import Peer
@@ -34,6 +35,7 @@ FD = b"F"  # the byte that the descriptor of the shared memory comes with
 CHUNK = 1 << 20  # bytes of a body that are read or written at a time
 PATIENCE = 30.0  # s for the rest of a frame, and for a client to read
 GREETING = 5.0  # s for a client to say hello
+LONGEST_WAIT = 60.0  # s for another's text, whatever a client asks for: it is not heard meanwhile
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,8 @@ class Session:
         self._server, self._reader, self._writer, self._peer = server, reader, writer, peer
         self._library, self._flights = server.library, server.flights
         self.number, self.tenant = number, ""
+        self._replies = 0
+        self._handed: tuple[int, ...] = ()  # leases and reservations of the last reply; a next request says that it has arrived
 
     async def run(self) -> None:
         """Until either side hangs up."""
@@ -69,11 +73,16 @@ class Session:
         except p.Malformed as fault:
             self._server.counters.malformed += 1
             await self._last_words("malformed", str(fault))
-        except (TimeoutError, ConnectionError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError):
             pass  # it has gone, or is too slow
         finally:
             self._flights.leave(self)
             self._writer.close()
+
+    @property
+    def handed(self) -> Handed:
+        """What the client may not have heard of, if the connection ends now."""
+        return Handed(self._replies, self._handed)
 
     def hang_up(self) -> None:
         """At once."""
@@ -98,7 +107,13 @@ class Session:
             with self._writer.get_extra_info("socket").dup() as own:
                 socket.send_fds(own, [FD], [arena.fd])
         await self._reply(
-            {"protocol": p.VERSION, "kvcomm": __version__, "capacity": arena.capacity, "epoch": self._server.epoch}
+            {
+                "protocol": p.VERSION,
+                "kvcomm": __version__,
+                "capacity": arena.capacity,
+                "epoch": self._server.epoch,
+                "connection": self.number,
+            }
         )
         return True
 
@@ -121,6 +136,7 @@ class Session:
             if end.partial:
                 raise
             return False
+        self._handed = ()
         self._server.counters.requests[request.op] += 1
         try:
             reply = await self._served(request, body)
@@ -129,7 +145,7 @@ class Session:
             reply = {"error": "refused", "text": str(refusal)}
         except p.Malformed:
             raise
-        except ConnectionError:
+        except ConnectionError:  # in the middle of a body
             raise
         except Exception as fault:  # a fault of ours costs this request, not the server
             log.exception("a request (%s) failed", request.op)
@@ -190,13 +206,13 @@ class Session:
                 found = await self._server.run(
                     lambda: library.find(self.tenant, request.fingerprint, ids, request.ms_per_token)
                 )
-            ahead = self._flights.ahead(ids, found.matches, request.fingerprint, self.tenant, flight)
+            ahead = self._flights.ahead(self, ids, found.matches, request.fingerprint, self.tenant, flight)
             if flight is None:
                 flight = self._flights.take_off(self, ids, found.matches, request.fingerprint, self.tenant)
             left = 0.0
             if ahead is not None:
                 price = float("inf") if request.ms_per_token is None else request.ms_per_token * ahead.tokens
-                left = began + min(request.wait_ms, price) / 1e3 - loop.time()
+                left = began + min(request.wait_ms, price, LONGEST_WAIT * 1e3) / 1e3 - loop.time()
             if ahead is None or left <= 0:
                 break
             library.unpin(found.slots)
@@ -221,9 +237,9 @@ class Session:
         self._server.counters.handed_out_bytes += sum(slot.nbytes for slot in slots)
         if self._peer is None:
             return _Body({**fields, "objects": [[s.key, 0, s.nbytes, 0] for s in slots]}, slots)
-        for slot in slots:
-            self._server.peers.lease(self._peer, slot.generation)
-        return {**fields, "objects": [[s.key, s.offset, s.nbytes, s.generation] for s in slots]}
+        self._handed = tuple(self._server.peers.lease(self._peer, slot) for slot in slots)
+        objects = [[s.key, s.offset, s.nbytes, number] for s, number in zip(slots, self._handed, strict=True)]
+        return {**fields, "objects": objects}
 
     def _reserve(self, request: p.Reserve) -> dict[str, Any]:
         if self._peer is None:
@@ -231,39 +247,45 @@ class Session:
         reserved = self._library.reserve(self.tenant, request.key, request.nbytes, request.cost_ms)
         if isinstance(reserved, Kept):
             return {"stored": reserved.stored, "reason": reserved.reason}
-        self._peer.reserved[reserved.generation] = request.key
-        return {"offset": reserved.offset, "generation": reserved.generation}
+        number = self._server.peers.reserve(self._peer, reserved)
+        self._handed = (number,)
+        return {"offset": reserved.offset, "number": number}
 
     async def _commit(self, request: p.Commit) -> dict[str, Any]:
-        if self._peer is None or request.generation not in self._peer.reserved:
-            raise Refused(f"{request.generation} was not reserved by this process")
-        key = self._peer.reserved.pop(request.generation)
-        if not request.keep:
-            self._library.slabs.abort(request.generation)
-            return {"stored": False, "reason": "aborted"}
-        kept = await self._maybe_slow(lambda: self._library.commit(self.tenant, key, request.generation))
+        slot = None if self._peer is None else self._peer.reserved.pop(request.number, None)
+        if slot is None:
+            raise Refused(f"{request.number} was not reserved by this process")
+        kept = await self._maybe_slow(lambda: self._library.commit(self.tenant, slot.key, slot.generation))
         return {"stored": kept.stored, "reason": kept.reason}
 
     async def _put(self, request: p.Put, body: int) -> dict[str, Any]:
-        data = empty(body)
-        read = 0
-        async with asyncio.timeout(PATIENCE + body / 1e6):  # a client that sends less than 1 MB/s is given up
-            while read < body:
-                piece = await self._reader.read(min(CHUNK, body - read))
-                if not piece:
-                    raise ConnectionError("hung up in the middle of a body")
-                data[read : read + len(piece)] = memoryview(piece)
-                read += len(piece)
+        try:
+            data = await self._body(body)
+        except (OSError, MemoryError) as fault:  # what follows is no frame
+            raise ConnectionError("a body that cannot be read") from fault
         record = Record(data)
         if record.key != request.key:
             raise Refused(f"a record of {record.key} in place of {request.key}")
         kept = await self._server.run(lambda: self._library.put(self.tenant, record))
         return {"stored": kept.stored, "reason": kept.reason}
 
+    async def _body(self, nbytes: int) -> Bytes:
+        """Of a client that sends at least 1 MB/s. Raises OSError."""
+        data, read = empty(nbytes), 0
+        async with asyncio.timeout(PATIENCE + nbytes / 1e6):
+            while read < nbytes:
+                piece = await self._reader.read(min(CHUNK, nbytes - read))
+                if not piece:
+                    raise ConnectionError("hung up in the middle of a body")
+                data[read : read + len(piece)] = memoryview(piece)
+                read += len(piece)
+        return data
+
     def _release(self, request: p.Release) -> None:
         if self._peer is not None:
-            for generation in request.generations:
-                self._server.peers.release(self._peer, generation)
+            self._server.peers.release(self._peer, request.numbers)
+            for connection, arrived in zip(request.lost[::2], request.lost[1::2], strict=True):
+                self._server.peers.lose(self._peer, connection, arrived)
 
     # -- the connection ---------------------------------------------------------------------------------------------------
 
@@ -272,6 +294,7 @@ class Session:
         return await self._server.run(work) if self._library.slow else work()
 
     async def _reply(self, reply: dict[str, Any] | _Body) -> None:
+        self._replies += 1
         fields, slots = (reply.fields, reply.slots) if isinstance(reply, _Body) else (reply, [])
         try:
             self._writer.write(p.frame(msgpack.packb(fields), sum(slot.nbytes for slot in slots)))

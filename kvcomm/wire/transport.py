@@ -10,6 +10,7 @@ import os
 import socket
 import ssl
 from collections import deque
+from dataclasses import dataclass
 from threading import Lock
 from time import monotonic
 from typing import Any
@@ -21,11 +22,12 @@ from kvcomm.store.record import Bytes, empty
 from kvcomm.wire import protocol as p
 from kvcomm.wire.address import Address
 
-__all__ = ["Connection", "Unreachable", "Windows"]
+__all__ = ["Answer", "Connection", "Holdings", "Unreachable"]
 
 FD = b"F"
 CHUNK = 1 << 20
 RELEASED = 1 << 12  # leases that one frame gives back
+MADE_ANEW = "made-anew"  # the server that a request is meant for is not there any more
 
 
 class Unreachable(CacheFault):
@@ -36,10 +38,17 @@ class Unreachable(CacheFault):
         self.reason = reason
 
 
-class Windows:
-    """The memory of the server that was last seen, mapped once for all connections to it."""
+_News = tuple[str, tuple[int, ...]]  # for the server of this epoch
+
+
+class Holdings:
+    """What all connections of a client have of the server that was last seen: its memory, mapped once; and what they have to
+    tell it, over whichever of them is used next.
+    """
 
     def __init__(self) -> None:
+        self.released: deque[_News] = deque()  # a number: may grow in any thread, at any moment
+        self.lost: deque[_News] = deque()  # a connection that failed, and how many replies have arrived on it
         self._epoch = ""
         self._window: Window | None = None
         self._lock = Lock()
@@ -59,6 +68,16 @@ class Windows:
             self._window = None
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A reply, and of which server: offsets and numbers in it mean something there alone."""
+
+    fields: dict[str, Any]
+    body: Bytes | None
+    window: Window | None  # the server's memory; None over TCP
+    epoch: str
+
+
 class Connection:
     """To one server, for one tenant. Calls from several threads take turns."""
 
@@ -71,16 +90,19 @@ class Connection:
         tls: ssl.SSLContext | None = None,
         deadline_s: float = 1.0,
         most_body: int = 1 << 34,
-        windows: Windows | None = None,
+        holdings: Holdings | None = None,
     ) -> None:
         """Connects with the first call. `deadline_s`: for connecting, and for a call that does not say otherwise."""
         self.address, self.tenant, self.deadline_s = address, tenant, deadline_s
-        self._token, self._tls, self._most_body, self._windows = token, tls, most_body, windows or Windows()
+        self._token, self._tls, self._most_body = token, tls, most_body
+        self._holdings = Holdings() if holdings is None else holdings
         self._socket: socket.socket | None = None
-        self.window: Window | None = None  # the server's memory; None over TCP
-        self.epoch = ""  # of the server that the connection is to
+        self._window: Window | None = None
+        self._epoch = ""  # of the server that the connection is to
+        self._number = 0  # that the server has given the connection
+        self._replies = 0  # that have arrived on it
+        self._told: list[tuple[deque[_News], _News]] = []  # since the last reply; perhaps not heard
         self._pid = os.getpid()
-        self._released: deque[tuple[str, int]] = deque()  # epoch, generation: may grow in any thread, at any moment
         self._lock = Lock()
 
     @property
@@ -90,33 +112,46 @@ class Connection:
     def call(
         self, request: p.Request, body: Bytes | None = None, *, deadline_s: float | None = None
     ) -> tuple[dict[str, Any], Bytes | None]:
-        """The reply, and its body where it has one. Raises Unreachable, and InputError where the server refuses this client for
-        good: another protocol, a wrong token.
+        """The fields and the body of what `ask` returns."""
+        answer = self.ask(request, body, deadline_s=deadline_s)
+        return answer.fields, answer.body
+
+    def ask(
+        self, request: p.Request, body: Bytes | None = None, *, deadline_s: float | None = None, epoch: str | None = None
+    ) -> Answer:
+        """The reply, and its body where it has one. `epoch`: of the server that alone is to be asked. Raises Unreachable, and
+        InputError where the server refuses this client for good: another protocol, a wrong token.
         """
         deadline = monotonic() + (self.deadline_s if deadline_s is None else deadline_s)
         if not self._lock.acquire(timeout=max(0.0, deadline - monotonic())):
             raise Unreachable("busy", f"other calls to {self.address} took the whole deadline")
         try:
             connection = self._connected(deadline)
+            if epoch not in (None, self._epoch):
+                raise Unreachable(MADE_ANEW, f"{request.op} is meant for a server that was at {self.address} before")
             self._send(connection, p.pack_request(request), body, deadline)
-            if not request.replied:
-                return {}, None
-            reply, data = self._receive(connection, deadline)
-        except (OSError, p.Malformed, EOFError) as fault:
-            self._drop()
+            reply, data = self._receive(connection, deadline) if request.replied else ({}, None)
+            if reply.get("error") == "malformed":
+                raise p.Malformed(f"it is called malformed: {reply.get('text')}")
+            if request.replied:
+                self._replies += 1
+                self._told.clear()
+            answer = Answer(reply, data, self._window, self._epoch)
+        except (OSError, p.Malformed, EOFError, MemoryError) as fault:
+            self._lose()
             kind = "deadline" if isinstance(fault, TimeoutError) else "unreachable"
             raise Unreachable(kind, f"{request.op} at {self.address}: {fault or type(fault).__name__}") from fault
         finally:
             self._lock.release()
         if "error" in reply:
-            if reply["error"] == "malformed":
-                self.close()
             raise Unreachable(str(reply["error"]), f"{request.op} at {self.address}: {reply.get('text')}")
-        return reply, data
+        return answer
 
-    def let_go(self, epoch: str, generation: int) -> None:
-        """A lease is not needed any more; the server hears of it with the next call. Takes no lock: a finalizer calls it."""
-        self._released.append((epoch, generation))
+    def let_go(self, epoch: str, number: int) -> None:
+        """A lease or a reservation is not needed any more; the server hears of it with the next call. Takes no lock, as a
+        finalizer calls it.
+        """
+        self._holdings.released.append((epoch, (number,)))
 
     def close(self) -> None:
         with self._lock:
@@ -126,8 +161,9 @@ class Connection:
 
     def _connected(self, deadline: float) -> socket.socket:
         if self._pid != os.getpid():  # a fork: the parent's connection and leases are not ours
-            self._socket, self._pid = None, os.getpid()
-            self._released.clear()
+            self._told.clear()
+            self._drop()
+            self._pid = os.getpid()
         if self._socket is None:
             self._socket = self._connect(deadline)
         return self._socket
@@ -167,23 +203,22 @@ class Connection:
             reply, _ = self._receive(made, deadline, first)
             if "error" in reply:
                 raise InputError(f"{self.address} refuses this client: {reply.get('text')}")
-            self.epoch = str(reply["epoch"])
+            epoch, number, capacity = (reply.get(name) for name in ("epoch", "connection", "capacity"))
+            if not isinstance(epoch, str) or not isinstance(number, int) or not isinstance(capacity, int):
+                raise p.Malformed("no greeting of a server")
             if self.shares_memory:
                 if not fds:
                     raise p.Malformed("no memory came with the greeting")
-                self.window = self._windows.of(self.epoch, fds[0], int(reply["capacity"]))
+                self._window = self._holdings.of(epoch, fds[0], capacity)
+            self._epoch, self._number, self._replies = epoch, number, 1
         finally:
             for fd in fds:
                 os.close(fd)
         return made
 
     def _send(self, connection: socket.socket, payload: bytes, body: Bytes | None, deadline: float) -> None:
-        released: list[int] = []
-        while self._released and len(released) < RELEASED:
-            epoch, generation = self._released.popleft()
-            if epoch == self.epoch:
-                released.append(generation)
-        front = p.frame(p.pack_request(p.Release(released))) if released else b""
+        released, lost = self._to_tell(self._holdings.released), self._to_tell(self._holdings.lost)
+        front = p.frame(p.pack_request(p.Release(released, lost))) if released or lost else b""
         connection.settimeout(_left(deadline))
         connection.sendall(front + p.frame(payload, 0 if body is None else body.nbytes))
         if body is not None:
@@ -197,10 +232,32 @@ class Connection:
         reply = p.reply_of(_exactly(connection, payload, deadline).tobytes())
         return reply, _exactly(connection, body, deadline) if body else None
 
+    def _to_tell(self, queue: deque[_News]) -> list[int]:
+        """The next of what the server is to be told; what another one was to be told is forgotten."""
+        numbers: list[int] = []
+        while len(numbers) < RELEASED:
+            try:
+                item = queue.popleft()
+            except IndexError:
+                break
+            if item[0] == self._epoch:
+                numbers += item[1]
+                self._told.append((queue, item))
+        return numbers
+
+    def _lose(self) -> None:
+        """The connection failed in the middle of a call: whatever it was told or has replied is to be said again."""
+        if self._socket is not None:
+            self._holdings.lost.append((self._epoch, (self._number, self._replies)))
+        self._drop()
+
     def _drop(self) -> None:
+        for queue, item in self._told:
+            queue.append(item)
+        self._told.clear()
         if self._socket is not None:
             self._socket.close()
-        self._socket = self.window = None
+        self._socket = self._window = None
 
 
 def _exactly(connection: socket.socket, count: int, deadline: float) -> Bytes:

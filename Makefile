@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check install test-vllm
+.PHONY: demo test fuzz check install test-vllm
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -17,6 +17,11 @@ demo: install
 
 test: demo
 	$(BIN)/python -m pytest
+
+# A million frames steered by coverage, in this process; then some thousands on a running server.
+fuzz: install
+	$(BIN)/python tests/wire/fuzz.py decode --frames 1000000
+	$(BIN)/python -m pytest tests/wire/test_fuzz.py
 
 check: install
 	$(BIN)/ruff check .

@@ -77,9 +77,9 @@ def measure(args: argparse.Namespace, record: Recorder | None = None) -> dict[st
             apart.begin()
         with tqdm(total=len(tasks) * len(generators), desc="requests x arms", disable=args.quiet, leave=False) as bar:
             calls = runner.run(
-                generators, teams, tasks, seed=args.seed, tick=bar.update, record=record, reader=apart and apart.reader
+                generators, teams, tasks, seed=args.seed, tick=bar.update, record=record, reader=apart.reader if apart else None
             )
-        tally = apart and apart.tally()
+        tally = apart.tally() if apart else None
     summary = summarise(calls)
     return document(
         "kvcomm.demo/1",

@@ -49,7 +49,7 @@ class ChildFailed(KVCommError):
 
 
 class Child:
-    """A process of our own that does `job`; `whose` is what errors call it. Starts at once; `ready` waits until it has begun."""
+    """A process of our own that does `job`, from now on; `ready` waits until it has begun. Errors call it `whose`."""
 
     def __init__(self, whose: str, job: Job) -> None:
         self.whose = whose
@@ -113,6 +113,7 @@ class Child:
 class Tally:
     """What happened in all processes since `begin`, beyond what each call's report says."""
 
+    agents: int  # that have a process each
     calls: int
     pipe_ms: float | None  # median of what a call takes longer here than in its process
     faults: dict[str, int]  # of all engines, by kind
@@ -151,6 +152,7 @@ class Processes:
         calls = len(self._pipe_ms)
         requests = None if asked is None or asked_before is None else asked - asked_before
         return Tally(
+            len({child.whose for child in self._children.values()}),
             calls,
             median(self._pipe_ms) if calls else None,
             dict(faults - faults_before),
@@ -167,7 +169,7 @@ class Processes:
         except CacheFault:
             return faults, None, None
         counters = dict(status["counters"])
-        asked = Counter(counters.pop("requests"))
+        asked: Counter[str] = Counter(counters.pop("requests"))
         del asked[protocol.Stats.op], asked[protocol.Hello.op]  # ours
         return faults, asked, {**counters, "memory": status["tiers"]["memory"]}
 

@@ -1,4 +1,4 @@
-"""Counts how often a text that several agents read was prefilled: once is the least, once per reader is what nobody sharing pays.
+"""How often a text that several agents read was prefilled: once is the least, and once per reader what not sharing costs.
 
 A document counts as prefilled by a call when that computed more than half of its tokens. Reports say how many tokens of a span
 were computed again, not which: all of them are counted to each document that the span touches, so nothing is counted too low.
@@ -6,7 +6,7 @@ were computed again, not which: all of them are counted to each document that th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 

@@ -48,12 +48,27 @@ TIER_REASONS = {
     "refused": ("refused", "Objects that a tier did not take, by reason."),
     "faults": ("faults", "Objects of a tier that could not be used, and failures of the tier, by reason."),
 }
+ANCHOR_GAUGES = {
+    "anchors": ("", "Anchors that are kept."),
+    "nbytes": ("_bytes", "Bytes of anchors that are kept."),
+    "limit_bytes": ("_limit_bytes", "Bytes of anchors that may be kept."),
+}
+ANCHOR_COUNTERS = {
+    "added": ("added", "Anchors taken in."),
+    "evicted": ("evicted", "Anchors that left to make room."),
+}
+ANCHOR_REASONS = {
+    "refused": ("refused", "Anchors that were not taken in, by reason."),
+    "faults": ("faults", "Anchors that were lost, and failures of their disk, by reason."),
+}
 
 MOST_HEAD = 8 << 10  # bytes of a request that are read
 PATIENCE = 5.0  # s for a client to say what it wants, and to take the answer
 CONNECTIONS = 32  # at once; more are hung up on
 
 Labels = Mapping[str, str]
+Samples = list[tuple[Labels, Any]]
+Family = tuple[str, str, str, Samples]  # name, type, help, samples
 
 
 def render(status: Mapping[str, Any]) -> str:
@@ -134,8 +149,8 @@ class Responder:
         return _response(code, text, kind=kind, body=method == "GET")
 
 
-def _families(status: Mapping[str, Any]) -> Iterator[tuple[str, str, str, list[tuple[Labels, Any]]]]:
-    """Name, type, help and samples of every metric, those without a sample included."""
+def _families(status: Mapping[str, Any]) -> Iterator[Family]:
+    """Every metric, those without a sample included."""
     yield "info", "gauge", "The version of kvcomm.", [({"version": status["kvcomm"]}, 1)]
     for field, (name, text) in GAUGES.items():
         yield name, "gauge", text, [({}, status[field])] if field in status else []
@@ -144,17 +159,31 @@ def _families(status: Mapping[str, Any]) -> Iterator[tuple[str, str, str, list[t
     yield "requests_total", "counter", "Requests, by kind.", [({"op": op}, count) for op, count in requests]
     for field, (name, text) in COUNTERS.items():
         yield f"{name}_total", "counter", text, [({}, counters[field])] if field in counters else []
-    tiers = status["tiers"]
+    yield from _of_tiers(status["tiers"])
+    yield from _of_anchors(status.get("anchors", {}))
+
+
+def _of_tiers(tiers: Mapping[str, Any]) -> Iterator[Family]:
     for kind, end, table in (("gauge", "", TIER_GAUGES), ("counter", "_total", TIER_COUNTERS)):
         for field, (name, text) in table.items():
             yield f"tier_{name}{end}", kind, text, [({"tier": tier}, facts[field]) for tier, facts in tiers.items()]
     for field, (name, text) in TIER_REASONS.items():
-        samples: list[tuple[Labels, Any]] = [
+        samples: Samples = [
             ({"tier": tier, "reason": reason}, count)
             for tier, facts in tiers.items()
             for reason, count in sorted(facts[field].items())
         ]
         yield f"tier_{name}_total", "counter", text, samples
+
+
+def _of_anchors(facts: Mapping[str, Any]) -> Iterator[Family]:
+    for field, (name, text) in ANCHOR_GAUGES.items():
+        yield f"anchors{name}", "gauge", text, [({}, facts[field])] if field in facts else []
+    for field, (name, text) in ANCHOR_COUNTERS.items():
+        yield f"anchors_{name}_total", "counter", text, [({}, facts[field])] if field in facts else []
+    for field, (name, text) in ANCHOR_REASONS.items():
+        samples: Samples = [({"reason": reason}, count) for reason, count in sorted(facts.get(field, {}).items())]
+        yield f"anchors_{name}_total", "counter", text, samples
 
 
 def _escaped(label: str) -> str:

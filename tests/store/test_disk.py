@@ -39,7 +39,7 @@ from kvcomm.store.disk import (
 from kvcomm.store.eviction import OVER_QUOTA, Quotas
 from kvcomm.store.folder import KEPT_FILES
 from kvcomm.store.journal import read
-from kvcomm.store.record import DAMAGED, Record
+from kvcomm.store.record import DAMAGED, Record, Unreadable
 
 LAYERS, HEADS, DIM = 2, 2, 4
 LARGE = 1 << 30
@@ -199,6 +199,36 @@ def test_who_leaves_is_known_after_opening(tmp_path: Path) -> None:
         assert store.put(new, kv_of(new)) == Kept(stored=True, evicted=(cheap.key,))
         assert store.stats().evicted == 1
         assert not file_of(tmp_path, cheap.key).exists()
+
+
+def test_uses_are_known_after_opening(tmp_path: Path) -> None:
+    used, unused, new = (segment(20, seed=i) for i in range(3))
+    limit = 2 * size_of(used) + 10
+    with opened(tmp_path, limit) as store:
+        store.put(used, kv_of(used))
+        for _ in range(5):
+            store.get(used.key)
+        store.put(unused, kv_of(unused))
+    with opened(tmp_path, limit) as store:
+        assert [(e.key, e.uses) for e in store.entries()] == [(unused.key, 1), (used.key, 6)]
+        assert store.put(new, kv_of(new)).evicted == (unused.key,)
+
+
+def test_what_was_evicted_and_not_deleted_pushes_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a writer leaves it that is killed between the journal's line and the file."""
+    a, b, c = (segment(20, seed=i) for i in range(3))
+    limit = 2 * size_of(a) + 10
+    store = DiskStore(tmp_path, limit)
+    store.put(a, kv_of(a))
+    store.put(b, kv_of(b))
+    with monkeypatch.context() as broken:
+        broken.setattr("kvcomm.store.folder.Folder.remove", lambda *_: None)
+        assert store.put(c, kv_of(c)).evicted == (a.key,)
+    store.close()
+    assert file_of(tmp_path, a.key).exists()
+    with opened(tmp_path, limit) as store:
+        assert store.opened == Opened(2, adopted=1, evicted=1)
+        assert store.has([a.key, b.key, c.key]) == {b.key, c.key}
 
 
 def test_quotas(tmp_path: Path) -> None:
@@ -473,6 +503,24 @@ def test_a_file_that_somebody_removed_is_a_miss(tmp_path: Path) -> None:
         assert store.opened == Opened(1, missing=1)
         assert store.stats().faults == {MISSING: 1}
         assert equal(store.get(c.key), kv_of(c))
+
+
+def test_damage_that_was_replaced_meanwhile_is_let_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread finds an object damaged; before it says so, another has removed it and put it again."""
+    s = segment(3)
+    with opened(tmp_path) as store:
+
+        def load(*_: object) -> Record:
+            store.remove(s.key)
+            store.put(s, kv_of(s))
+            raise Unreadable(DAMAGED, "what was there before")
+
+        store.put(s, kv_of(s))
+        with monkeypatch.context() as racing:
+            racing.setattr("kvcomm.store.folder.Folder.load", load)
+            assert store.get(s.key) is None
+        assert equal(store.get(s.key), kv_of(s))
+        assert store.stats().faults == {}
 
 
 def test_damaged_files_are_set_aside_and_few(tmp_path: Path) -> None:

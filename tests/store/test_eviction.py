@@ -117,6 +117,17 @@ def test_pinned_never_leaves() -> None:
     book.check_integrity()
 
 
+def test_what_is_pinned_and_unpinned_leaves_no_garbage() -> None:
+    book: Book[int] = Book(10)
+    for key in range(10):
+        book.add(key, 1)
+    for i in range(1000):
+        book.pin(i % 10)
+        book.unpin(i % 10)
+    book.check_integrity()
+    assert book.first(10) == list(range(10))
+
+
 @pytest.mark.parametrize("make", [lambda: Book(-1), lambda: Quotas(default=-1), lambda: Quotas(tenants={"x": -1})])
 def test_negative_limits_are_refused(make: object) -> None:
     assert callable(make)

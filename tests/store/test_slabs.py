@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from kvcomm.segments import Segment, SegmentKV
 from kvcomm.store.arena import PAGE, whole_pages
 from kvcomm.store.base import TOO_LARGE, Kept
 from kvcomm.store.eviction import IN_USE, OVER_QUOTA, Quotas
-from kvcomm.store.record import DAMAGED, OTHER_KEY, OTHER_VERSION, Record, Unreadable
+from kvcomm.store.record import DAMAGED, OTHER_KEY, OTHER_VERSION, Draft, Record, Unreadable
 from kvcomm.store.slabs import NOT_RESERVED, SlabStore, Slot
 
 
@@ -189,6 +190,49 @@ def test_of_two_writers_of_a_key_one_is_kept() -> None:
     store.check_integrity()
 
 
+def test_the_second_of_two_writers_counts_as_a_use() -> None:
+    store, record = SlabStore(4 * PAGE), made(1)
+    a, b = filled(store, record), filled(store, record)
+    store.commit(a.generation)
+    store.put_record(made(2))
+    assert [s.key for s in store.segments()] == [record.key, made(2).key]
+    store.commit(b.generation)
+    assert [s.key for s in store.segments()] == [made(2).key, record.key]
+
+
+def test_a_slot_is_committed_once_though_two_do_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the header is checked, which is done without the lock, others come with the same generation."""
+    store, record = SlabStore(4 * PAGE), made(1)
+    slot = filled(store, record)
+    check = store._flaw
+
+    def meanwhile(found: Any) -> str | None:
+        store.abort(slot.generation)
+        store.unpin(slot.generation)
+        assert store.commit(slot.generation) == Kept(stored=False, reason=NOT_RESERVED)
+        assert store.pin(record.key) is None
+        return check(found)
+
+    monkeypatch.setattr(store, "_flaw", meanwhile)
+    assert store.commit(slot.generation) == Kept(stored=True)
+    monkeypatch.undo()
+    assert slot_of(store.pin(record.key)) == slot
+    store.check_integrity()
+
+
+def test_a_write_that_fails_gives_the_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, record = SlabStore(4 * PAGE), made(1)
+
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Draft, "write", fail)
+    with pytest.raises(MemoryError):
+        store.put(record.segment, record.kv())
+    assert store.arena.used == 0
+    store.check_integrity()
+
+
 @pytest.mark.parametrize(
     ("reason", "key", "tenant", "nbytes", "change"),
     [
@@ -314,6 +358,16 @@ def test_whatever_looks_into_a_record_pins_it() -> None:
     gc.collect()
     assert store.put_record(made(1)) == Kept(stored=True, evicted=(record.key,))
     store.check_integrity()
+
+
+def test_memory_is_free_with_the_last_look_at_it() -> None:
+    store, record = SlabStore(PAGE), made(0)
+    store.put_record(record)
+    held = store.get_records([record.key])
+    store.remove(record.key)
+    assert store.arena.used == PAGE
+    held.clear()
+    assert store.arena.used == 0
 
 
 def test_records_cannot_be_written_and_outlive_the_store() -> None:

@@ -66,6 +66,8 @@ COMMANDS = (
     Command(("bench", "analyze"), "kvcomm.bench.analyze", "how fast traces are analyzed, and in how much memory"),
     Command(("replay",), "kvcomm.replay.command", "recorded calls served by a model under every policy, each beside dense"),
     Command(("vllm",), "kvcomm.connectors.serve", "vLLM's OpenAI server with the connector; other options are vLLM's", True),
+    Command(("server",), "kvcomm.wire.command", "owns the KV of this host for all engines on it; `server status`: asks it"),
+    Command(("store",), "kvcomm.wire.store_command", "list, check, clean up, export and import what a disk or a server keeps"),
     Command(("record",), "kvcomm.replay.recording.command", "pass an OpenAI API through, and write every call down"),
     Command(("doctor",), "kvcomm.doctor", "what is installed, what can be used here, what is missing"),
 )

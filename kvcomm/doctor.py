@@ -25,6 +25,7 @@ from kvcomm.connectors.vllm import TESTED
 from kvcomm.errors import KVCommError
 from kvcomm.report import document, dumps, gib, write_json
 from kvcomm.tiny import FOLDER
+from kvcomm.wire.status import address_of, ask
 
 __all__ = [
     "Facility",
@@ -36,6 +37,7 @@ __all__ = [
     "hardware",
     "packages",
     "run",
+    "server",
     "vllm",
 ]
 
@@ -43,6 +45,7 @@ TOOLS = "test"  # the extra that only developers need; not reported
 ENGINES = (("hf", "kvcomm.backends.hf", ()),)  # beside vLLM
 STORES = (
     ("memory", "kvcomm.store.memory", ()),
+    ("disk", "kvcomm.store.disk", ()),
     ("redis", "kvcomm.store.redis", ("redis",)),
     ("mooncake", "kvcomm.store.mooncake", ("mooncake-transfer-engine-non-cuda",)),
 )
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 when the core, the embedded model or a model that was asked for cannot be used, else 0."""
     found = packages()
     by_name = {p.name: p for p in found}
-    engines, stores = [*facilities(ENGINES, by_name), vllm()], facilities(STORES, by_name)
+    engines, stores = [*facilities(ENGINES, by_name), vllm()], [*facilities(STORES, by_name), server()]
     models = []
     for model in (str(FOLDER), *args.model):
         if not args.quiet:
@@ -160,6 +163,19 @@ def vllm() -> Facility:
         why = f"{said} is here, but the connector was tested with vLLM {TESTED} and refuses others; {add}"
         return Facility("vllm", usable=False, why=f"{why}; or set untested_vllm in its settings")
     return Facility("vllm", usable=True, why=f"{said}, which the connector was tested with")
+
+
+def server() -> Facility:
+    """Whether a server answers where engines of this user look for one."""
+    try:
+        address = address_of()
+        if address.path is None:
+            return Facility("server", usable=True, why=f"KVCOMM_SERVER is {address}, on another host: not asked")
+        status = ask(address, deadline_s=1.0)
+    except KVCommError as fault:
+        why = f"none can be asked: {' '.join(str(fault).split())}; start one with: kvcomm server"
+        return Facility("server", usable=False, why=why)
+    return Facility("server", usable=True, why=f"kvcomm {status['kvcomm']} answers at {address}")
 
 
 def check_model(model: str, *, quiet: bool = True) -> Model:

@@ -19,10 +19,10 @@ from kvcomm.wire.anchor_log import AnchorLog
 from kvcomm.wire.client import ServerStore
 from kvcomm.wire.listing import Row, Wanted
 from kvcomm.wire.moving import HERE, Item, PackedAnchor
+from kvcomm.wire.tiers import ANCHORS
 
-__all__ = ["ANCHORS", "FolderPlace", "ServerPlace"]
+__all__ = ["FolderPlace", "ServerPlace"]
 
-ANCHORS = "anchors"  # the folder of anchors, inside of the disk tier's
 WITHOUT_LIMIT = 1 << 62  # bytes: whoever only looks or moves must evict nothing
 DEADLINE = 30.0  # s for a call to a server
 PAGE = 1000  # rows of a server's list in one reply

@@ -1,0 +1,314 @@
+"""`kvcomm server` as a process: starts, answers, restores, ends in good order, is killed; and what it refuses to start with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+import torch
+
+from kvcomm import cli
+from kvcomm.errors import KVCommError
+from kvcomm.segments import Segment, SegmentKV
+from kvcomm.store.disk import DiskStore
+from kvcomm.store.record import Record
+from kvcomm.wire import protocol as p
+from kvcomm.wire.address import Address, default_path
+from kvcomm.wire.client import ServerStore
+from kvcomm.wire.status import address_of, ask
+from kvcomm.wire.transport import Unreachable
+
+
+class Running:
+    """A server's process, which has said where it listens."""
+
+    def __init__(self, *flags: object, env: dict[str, str] | None = None) -> None:
+        argv = [sys.executable, "-m", "kvcomm", "server", "--memory", "32M", *map(str, flags)]
+        environment = {**os.environ, **(env or {})}
+        self.process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=environment)
+        self.said: list[str] = []
+        self.until("listening at")
+        self.line = self.said[-1].strip()
+
+    def until(self, words: str) -> None:
+        """Reads what it says until that comes."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said.append(line)
+            if words in line:
+                return
+        raise AssertionError("".join(self.said))
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Its exit code, and what it said after its first line."""
+        self.process.send_signal(number)
+        _, said = self.process.communicate(timeout=30)
+        return self.process.returncode, said
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Short enough for a socket's path."""
+    with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as name:
+        yield Path(name)
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Start]:
+    """Starts servers at `folder / "s"`; none outlives the test."""
+    with ExitStack() as stack:
+
+        def run(*flags: object, at: str = "s", env: dict[str, str] | None = None) -> Running:
+            running = Running("--socket", folder / at, *flags, env=env)
+            stack.callback(running.stop)
+            return running
+
+        yield run
+
+
+def record(seed: int, *, tenant: str = "", tokens: int = 20) -> Record:
+    ids = np.random.default_rng(seed).integers(1, 1000, tokens).astype(np.int32)
+    made = torch.Generator().manual_seed(seed)
+    parts = tuple(torch.randn(2, tokens, 8, generator=made) for _ in range(4))
+    return Record.of(Segment(ids, ids[:0], "f0", tenant), SegmentKV(parts[:2], parts[2:], 0, tokens))
+
+
+def found(store: ServerStore, r: Record) -> bytes | None:
+    got = store.get_records([r.key]).get(r.key)
+    return None if got is None else got.data.tobytes()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_starts_answers_and_ends(start: Start, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line when it is ready, status in both forms, metrics that agree with it, exit code 0 and no socket left."""
+    server = start("--disk", folder / "d", "--metrics-port", 0)
+    pattern = rf"kvcomm: listening at unix:{folder}/s, (http://127.0.0.1:\d+/metrics)"
+    url = re.fullmatch(pattern, server.line)[1]  # type: ignore[index]  # no match fails the test as well
+    r = record(1)
+    with closing(ServerStore(f"unix:{folder}/s")) as store:
+        assert store.put_record(r)
+        assert found(store, r) == r.data.tobytes()
+        assert cli.main(["server", "status", "--socket", f"{folder}/s", "--format", "json", "--output", str(folder)]) == 0
+        doc = json.loads(capsys.readouterr().out)
+        assert json.loads((folder / "server_status.json").read_text("utf-8")) == doc
+        assert (doc["schema"], doc["address"]) == ("kvcomm.server.status/1", f"unix:{folder}/s")
+        assert (doc["pid"], doc["counters"]["handed_out"]) == (server.process.pid, 1)
+        assert {name: tier["objects"] for name, tier in doc["tiers"].items()} == {"memory": 1, "disk": 1}
+        assert (doc["tiers"]["memory"]["limit_bytes"], doc["tiers"]["disk"]["limit_bytes"]) == (32 << 20, 50 << 30)
+        assert cli.main(["server", "status", "--socket", f"{folder}/s"]) == 0
+        out = capsys.readouterr().out
+        assert f"process {server.process.pid}" in out
+        assert re.search(r"^memory +1 ", out, re.MULTILINE)
+        with urlopen(url, timeout=10) as answer:
+            text = answer.read().decode()
+        assert 'kvcomm_server_tier_objects{tier="disk"} 1\n' in text
+        assert "kvcomm_server_handed_out_total 1\n" in text
+    code, _ = server.end()
+    assert code == 0
+    assert not (folder / "s").exists()
+    assert cli.main(["server", "status", "--socket", f"{folder}/s"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"kvcomm: Unreachable: unreachable: stats at unix:{folder}/s: ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_it_kept_is_there_again(start: Start, folder: Path, number: int) -> None:
+    """After an orderly end and after a kill, on the same disk and socket; found by text as well, which is restored."""
+    records = [record(n, tenant="t") for n in range(5)]
+    server = start("--disk", folder / "d")
+    with closing(ServerStore(f"unix:{folder}/s", tenant="t")) as store:
+        assert all(store.put_record(r) for r in records)
+    server.end(number)
+    again = start("--disk", folder / "d")
+    again.until("5 objects of the disk are known")
+    with closing(ServerStore(f"unix:{folder}/s", tenant="t")) as store:
+        assert [found(store, r) for r in records] == [r.data.tobytes() for r in records]
+        look = store.index.look(records[3].segment.ids, fingerprint="f0", tenant="t")
+        assert [m.segment.key for m in look.matches] == [records[3].key]
+
+
+def test_quiet_and_interrupted(folder: Path) -> None:
+    argv = [sys.executable, "-m", "kvcomm", "server", "-q", "--memory", "32M", "--socket", str(folder / "s")]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while process.poll() is None:
+            try:
+                ask(Address(path=folder / "s"))
+                break
+            except Unreachable:
+                pass
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30)[0] == ""
+    assert process.returncode == 0
+
+
+def test_systemd_is_told(start: Start, folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as there:
+        there.bind(str(folder / "n"))
+        there.settimeout(30)
+        server = start(env={"NOTIFY_SOCKET": str(folder / "n")})
+        assert there.recv(100) == b"READY=1"
+        assert server.end()[0] == 0
+        assert there.recv(100) == b"STOPPING=1"
+
+
+def test_moved_from_server_to_server(start: Start, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`kvcomm store` beside running servers: listed, exported and imported as of a folder."""
+    start(), start(at="s2")
+    records = [record(n, tenant="t") for n in range(3)]
+    other = record(9)
+    with closing(ServerStore(f"unix:{folder}/s")) as store:
+        assert all(store.put_record(r) for r in (*records, other))
+
+    def run(*argv: str) -> dict[str, Any]:
+        assert cli.main(["store", *argv, "--format", "json"]) == 0
+        doc: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return doc
+
+    tar, here, there = (str(folder / name) for name in ("a.tar", "s", "s2"))
+    assert [row["key"] for row in run("ls", "--socket", here)["objects"]] == [other.key]
+    listed = run("ls", "--socket", here, "--tenant", "t")["objects"]
+    assert {row["key"] for row in listed} == {r.key for r in records}
+    assert {(row["tokens"], row["nbytes"], row["uses"]) for row in listed} == {(20, None, None)}
+    assert run("export", tar, "--socket", here, "--tenant", "t")["objects"] == 3
+    assert run("import", tar, "--socket", there)["objects"] == 3
+    assert run("import", tar, "--socket", there)["here_already"] == 3
+    with closing(ServerStore(f"unix:{there}", tenant="t")) as store:
+        assert [found(store, r) for r in records] == [r.data.tobytes() for r in records]
+
+
+def test_other_hosts(start: Start, folder: Path) -> None:
+    """TLS with a token per tenant: who has it reads, who has another one or does not trust the certificate does not."""
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    subprocess.run([*make, "-subj", "/CN=localhost", "-addext", names, *files], check=True, capture_output=True)
+    tokens = folder / "tokens"
+    tokens.write_text("# of tests\nalice secret-a\n\nbob secret-b\n", "utf-8")
+    tokens.chmod(0o600)
+    at, plain = f"tls://localhost:{free_port()}", f"tcp://127.0.0.1:{free_port()}"
+    flags = ["--token-file", tokens, "--tls-cert", folder / "cert.pem", "--tls-key", folder / "key.pem"]
+    server = start("--listen", at, "--listen", plain, *flags)
+    assert server.line == f"kvcomm: listening at unix:{folder}/s, {at}, {plain}"
+    trusting = ssl.create_default_context(cafile=str(folder / "cert.pem"))
+    r = record(1, tenant="alice")
+    with closing(ServerStore(at, tenant="alice", token="secret-a", tls=trusting, deadline_s=10)) as store:
+        assert store.put_record(r)
+        assert found(store, r) == r.data.tobytes()
+    with closing(ServerStore(plain, tenant="alice", token="secret-a", deadline_s=10)) as store:
+        assert found(store, r) == r.data.tobytes()
+    with closing(ServerStore(plain, tenant="bob", token="secret-b", deadline_s=10)) as store:
+        assert found(store, r) is None
+    for tenant, token, context in (("alice", "secret-b", trusting), ("eve", "", trusting), ("alice", "secret-a", None)):
+        stranger = ServerStore(at, tenant=tenant, token=token, tls=context, deadline_s=10)
+        with closing(stranger), pytest.raises(KVCommError, match=r"token|certificate verify failed"):
+            stranger.call(tenant, p.Stats())
+    assert server.end()[0] == 0
+
+
+def test_quotas_hold(start: Start, folder: Path) -> None:
+    server = start("--quota", "small=4K", "--quota", "*=1M", "--disk", folder / "d")
+    with closing(ServerStore(f"unix:{folder}/s")) as store:
+        assert store.put_record(record(1, tenant="small", tokens=200)).reason == "larger-than-quota"
+        assert store.put_record(record(1, tenant="large", tokens=200))
+    assert server.end()[0] == 0
+
+
+# -- what cannot be started -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--memory", "many"], "many"),
+        (["--memory", "0"], "--memory"),
+        (["--memory", "900000G"], "--memory"),
+        (["--disk-bytes", "x"], "x"),
+        (["--disk", "{folder}/file"], "file"),
+        (["--quota", "alice"], "TENANT=BYTES"),
+        (["--quota", "alice=x"], "x"),
+        (["--socket", "relative"], "absolute"),
+        (["--socket", "tls://localhost:99"], "--listen"),
+        (["--socket", "/tmp/" + "x" * 200], "100 bytes"),
+        (["--listen", "tcp://example.com:99", "--token-file", "{folder}/tokens"], "--insecure"),
+        (["--listen", "tls://127.0.0.1:99"], "--token-file"),
+        (["--listen", "tls://127.0.0.1:99", "--token-file", "{folder}/tokens"], "--tls-cert"),
+        (["--listen", "tls://127.0.0.1:99", "--token-file", "{folder}/none"], "--token-file"),
+        (["--listen", "tls://127.0.0.1:99", "--token-file", "{folder}/file"], "lines `tenant token`"),
+        (["--tls-cert", "{folder}/none"], "--tls-cert"),
+        (["--tls-cert", "{folder}/file"], "--tls-cert"),
+        (["--metrics-port", "{taken}"], "--metrics-port"),
+        (["--metrics-port", "-5"], "--metrics-port"),
+        (["--listen", "tcp://127.0.0.1:{taken}", "--token-file", "{folder}/tokens"], "port"),
+        (["--remote", "ftp://x"], "ftp"),
+        (["--anchors-bytes", "x"], "x"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)  # fmt: skip
+def test_unusable_input(folder: Path, capsys: pytest.CaptureFixture[str], flags: list[str], says: str) -> None:
+    """Exit code 2, one line that names the value, and neither socket nor lock left behind."""
+    (folder / "file").write_text("one two three\n", "utf-8")
+    (folder / "tokens").write_text("* secret\n", "utf-8")
+    (folder / "tokens").chmod(0o600)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        argv = [flag.replace("{folder}", str(folder)).replace("{taken}", port) for flag in flags]
+        base = ["server", "-q", "--memory", "2M", "--socket", str(folder / "s")]
+        if "--disk" not in flags:
+            base += ["--disk", str(folder / "d")]
+        assert cli.main([*base, *argv]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("kvcomm: InputError: ")
+    assert says in err
+    assert not (folder / "s").exists()
+    DiskStore(folder / "d", 1 << 30).close()
+
+
+def test_two_at_one_place(start: Start, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The socket, or the disk, of one that runs; it goes on."""
+    start("--disk", folder / "d")
+    for flags in (["--socket", str(folder / "s")], ["--socket", str(folder / "s2"), "--disk", str(folder / "d")]):
+        assert cli.main(["server", "-q", "--memory", "2M", *flags]) == 2
+        err = capsys.readouterr().err
+        assert str(folder) in err
+        assert err.count("\n") == 1
+    assert ask(Address(path=folder / "s"))["connections"] == 1
+
+
+def test_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVCOMM_SERVER", raising=False)
+    assert address_of() == Address(path=default_path())
+    monkeypatch.setenv("KVCOMM_SERVER", "tls://host:99")
+    assert address_of() == Address(host="host", port=99, tls=True)
+    assert address_of("/run/x") == Address(path=Path("/run/x"))

@@ -1,5 +1,5 @@
 # make demo    a five-agent team answers real tasks, dense beside shared
-# make test    the same, then every test
+# make test    the same, then every test; as root it installs the services that tests start, with apt-get, where they are missing
 # make check   lint and types
 # make test-vllm   the connector and its clients on a real vLLM, in an environment of its own (.venv-vllm, 3.4 GB)
 #
@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: install
 	$(BIN)/kvcomm demo
 
-test: demo
+test: demo services
 	$(BIN)/python -m pytest
 
 # A million frames steered by coverage, in this process; then some thousands on a running server.
@@ -46,6 +46,22 @@ $(STAMP): setup.cfg constraints.txt
 	$(PIP) install $$(grep '^torch==' constraints.txt)
 	$(PIP) install -c constraints.txt -e '.[test]'
 	@rm .venv/.installing && touch $@
+
+# What real services need of the system: a Redis server, and the libraries that Mooncake's wheel does not bring. A machine on which
+# they cannot be installed is told how; the tests that need them fail there.
+services: install
+	@missing=; \
+	command -v redis-server >/dev/null || command -v valkey-server >/dev/null || missing="$$missing redis-server"; \
+	for pair in libibverbs.so.1:libibverbs1 libcurl.so.4:libcurl4 libnuma.so.1:libnuma1; do \
+	    $(BIN)/python -c "import ctypes; ctypes.CDLL('$${pair%:*}')" 2>/dev/null || missing="$$missing $${pair#*:}"; \
+	done; \
+	[ -n "$$missing" ] || exit 0; \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	    export DEBIAN_FRONTEND=noninteractive; \
+	    apt-get install -y $$missing && exit 0; \
+	    apt-get update && apt-get install -y $$missing && exit 0; \
+	fi; \
+	echo "Tests of Redis and Mooncake will fail without these packages. As root: apt-get install -y$$missing" >&2
 
 VLLM := .venv-vllm/bin
 

@@ -16,7 +16,7 @@ from typing import Self
 
 __all__ = ["MooncakeMaster", "Proxy", "RedisServer", "Service", "ended", "free_port"]
 
-APT = "apt-get install -y redis-server libibverbs1"
+APT = "apt-get install -y redis-server"
 
 
 def free_port() -> int:

@@ -7,6 +7,7 @@ goes through files of memory. What a host contributed is lost when its process e
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -30,6 +31,8 @@ __all__ = ["BEING_WRITTEN", "MooncakeStore"]
 BEING_WRITTEN = (
     "being-written"  # why put kept nothing: another writer began it, and may have died; Mooncake waits half a minute
 )
+LIBRARIES = ("libibverbs.so.1", "libcurl.so.4", "libnuma.so.1")  # what its wheel does not bring, also for TCP
+APT = "libibverbs1 libcurl4 libnuma1"
 SEGMENT_BYTES = 256 << 20
 LOCAL_BYTES = 16 << 20  # Mooncake's own buffer, which whole transfers do not use
 SLOWEST = 32 << 20  # bytes/s that a put is waited for
@@ -71,6 +74,9 @@ class MooncakeStore(RemoteStore):
             raise InputError(f"the namespace is {namespace!r}; up to 64 letters, digits, dots, lines and dashes are possible")
         if importlib.util.find_spec("mooncake") is None:
             raise InputError("a Mooncake tier needs the package mooncake: pip install 'kvcomm[mooncake]'")
+        missing = [library for library in LIBRARIES if not _loads(library)]
+        if missing:
+            raise InputError(f"Mooncake's client needs {', '.join(missing)}: as root, apt-get install -y {APT}")
         super().__init__()
         self._prefix, self._segment_bytes, self._timeout_s = f"kvcomm:1:{namespace}", segment_bytes, timeout_s
         setup = {
@@ -239,6 +245,14 @@ class MooncakeStore(RemoteStore):
 
     def _name(self, key: str) -> str:
         return f"{self._prefix}:r:{key}"
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _tokens(segment: Segment) -> int:

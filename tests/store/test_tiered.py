@@ -204,6 +204,23 @@ def test_a_back_that_forgets_silently_is_found_out_by_a_miss() -> None:
     assert stack.lost([RECORDS[1].key]) == (RECORDS[1].key,)
 
 
+def test_what_the_back_kept_from_earlier_is_not_evicted_from_it_by_the_front() -> None:
+    """After a restart: found below and promoted, then it leaves the front."""
+    _, b, stack = pair(front=1, back=8)
+    b.put_record(RECORDS[0])
+    assert stack.get_records([RECORDS[0].key])
+    assert stack.put_record(RECORDS[1]) == Kept(stored=True)
+
+
+def test_what_was_declined_or_could_not_be_reached_is_still_below() -> None:
+    _, b, stack = pair(front=1, back=8)
+    stack.put_record(RECORDS[0])
+    stack.put_record(RECORDS[1])
+    b.down = True
+    assert stack.get_records([RECORDS[0].key]) == {}
+    assert stack.lost([RECORDS[0].key]) == ()
+
+
 def test_what_a_promotion_evicts_is_told_with_the_next_put() -> None:
     a, b, stack = pair(front=1, back=8)
     stack.put_record(RECORDS[0])

@@ -22,6 +22,8 @@ from kvcomm.store.quiet import Quiet
 from kvcomm.store.record import Record
 from kvcomm.store.sighting import SIGHTINGS, Sighting, digest, note_names, pack, unpack
 from kvcomm.store.signposts import Signposts
+from kvcomm.store.slabs import SlabStore
+from kvcomm.store.tiered import Tiered
 from kvcomm.store.winnowing import minima
 
 REACH = 40
@@ -192,6 +194,22 @@ def test_whatever_one_host_knows_another_one_finds(data: st.DataObject) -> None:
     assert covered(found) == planted
     for match in found.matches:
         assert match.segment.ids[match.offset : match.offset + match.tokens].tolist() == prompt[match.start : match.end]
+
+
+def test_two_hosts_with_stacks_over_one_store() -> None:
+    """A far store that both have behind their own memory; the found record is in the second host's memory afterwards."""
+    remote, far = Remote(), SlabStore(1 << 20)
+    stacks = [Tiered(SlabStore(1 << 20), far) for _ in range(2)]
+    one, two = (Signposts(TextIndex(), remote, stack) for stack in stacks)
+    known = text(1, 300)
+    r = record(known)
+    assert stacks[0].put_record(r)
+    one.add(r.segment)
+    assert unpack(next(iter(remote.notes.values())))[0].nbytes == r.nbytes
+    assert not stacks[1].front.has([r.key])
+    assert covered(look(two, known[20:], ms_per_token=1.0)) == [(0, 280)]
+    assert stacks[1].front.has([r.key])
+    assert stacks[1].get_records([r.key])[r.key].data.tobytes() == r.data.tobytes()
 
 
 def test_what_is_known_here_asks_nobody() -> None:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvcomm.engine import KVComm, Output
+if TYPE_CHECKING:  # a server needs no torch
+    from kvcomm.engine import KVComm, Output
 
 __all__ = ["Answer", "Ask", "EngineJob", "Failed", "Job", "Ready", "ServerJob", "main"]
 
@@ -95,6 +96,7 @@ def _engine(job: EngineJob) -> KVComm:
 
     from kvcomm.backends.loading import dtype_named, load
     from kvcomm.config import Config
+    from kvcomm.engine import KVComm
     from kvcomm.wire.address import Address
     from kvcomm.wire.client import ServerStore
 

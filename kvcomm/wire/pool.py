@@ -14,6 +14,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from threading import RLock
 from time import monotonic
 from typing import Any, Protocol
@@ -66,11 +67,16 @@ class _Page:
     def of(cls, reply: Mapping[str, Any]) -> _Page:
         """Raises Unreachable for what is none."""
         try:
-            keys = frozenset(map(str, reply["keys"])) if reply["snapshot"] else None
-            added = tuple((bytes(entry), bytes(document)) for entry, document in reply["added"])
-            page = cls(int(reply["version"]), bool(reply["more"]), keys, tuple(map(str, reply["removed"])), added)
+            version, more, snapshot = reply["version"], reply["more"], reply["snapshot"]
+            keys, removed = frozenset(reply["keys"]), tuple(reply["removed"])
+            added = tuple((entry, document) for entry, document in reply["added"])
         except (KeyError, TypeError, ValueError) as fault:
             raise Unreachable("malformed", f"the server's answer says nothing of anchors ({fault!r})") from fault
+        sound = isinstance(version, int) and 0 <= version < 1 << 63 and isinstance(more, bool) and isinstance(snapshot, bool)
+        texts, parts = all(isinstance(key, str) for key in (*keys, *removed)), chain.from_iterable(added)
+        if not (sound and texts and all(isinstance(part, bytes) for part in parts)):
+            raise Unreachable("malformed", "the server's answer has fields of other types")
+        page = cls(version, more, keys if snapshot else None, removed, added)
         if page.more and not added:
             raise Unreachable("malformed", "the server's answer leads nowhere")
         return page
@@ -120,21 +126,22 @@ class SharedPool(AnchorPool):
         self._no_listener()
         room = room_of(anchor)
         with self._turn:
-            self._follow(room)
-            kept = super().match(*slot_of(anchor))
-            reason = flaw(anchor) or self._refusal(anchor) or self._own.refusal(anchor, kept)
-            if reason is None:
+            answers = self._follow(room)
+            with self._writing():
+                kept = super().match(*slot_of(anchor))
+                reason = flaw(anchor) or self._refusal(anchor) or self._own.refusal(anchor, kept)
+            if reason is None and answers:
                 try:
                     reason = self._send(anchor)
                 except KVCommError as fault:
                     self._count("add", fault)
-                    self._unsent[anchor.key] = room
-                    if len(self._unsent) > UNSENT:
-                        self._unsent.popitem(last=False)
-            if reason is None:
-                return super().add(anchor)
-            self._refuse(reason)
-            return Admitted(kept=False, reason=reason)
+                    answers = False
+            if reason is not None:
+                self._refuse(reason)
+                return Admitted(kept=False, reason=reason)
+            if not answers:
+                self._later(anchor)
+            return super().add(anchor)
 
     def match(self, slot: str, fingerprint: str, tenant: str = "") -> tuple[Anchor, ...]:
         """As `AnchorPool.match`, of what the server had lately. While another thread asks it, nobody waits."""
@@ -160,32 +167,31 @@ class SharedPool(AnchorPool):
 
     # -- below, with _turn ------------------------------------------------------------------------------------------------
 
-    def _follow(self, room: Room) -> None:
-        """If it is due, and for a moment only."""
+    def _follow(self, room: Room) -> bool:
+        """If it is due, and for a moment only. False where the server was asked and did not answer."""
         now = self._clock()
-        if now >= self._followed.get(room, _Followed()).due:
-            self._pull(room, until=now + MOMENT)
+        return now < self._followed.get(room, _Followed()).due or self._pull(room, until=now + MOMENT)
 
     def _pull(self, room: Room, until: float) -> bool:
-        """Is the server's latest version here, and all of ours there?"""
-        version, done = self._followed.pop(room, _Followed()).version, False
-        due: float | None = None
+        """Make what is here what the server has, as far as one comes until then; False where it does not answer."""
+        version, due = self._followed.pop(room, _Followed()).version, None
         try:
-            while not done and due is None:
+            more = True
+            while more and due is None:
                 page = _Page.of(self._call(room[0], p.Anchors(room[1], version)))
                 self._apply(room, page)
-                version, done = page.version, not page.more
-                if not done and self._clock() >= until:
+                version, more = page.version, page.more
+                if more and self._clock() >= until:
                     due = -math.inf
-            if done:
-                self._send_again(room)
+            self._send_again(room)
         except KVCommError as fault:
             self._count("sync", fault)
-            done = False
-        self._followed[room] = _Followed(version, self._clock() + self.every_s if due is None else due)
-        if len(self._followed) > ROOMS:
-            self._followed.popitem(last=False)
-        return done
+            return False
+        finally:
+            self._followed[room] = _Followed(version, self._clock() + self.every_s if due is None else due)
+            if len(self._followed) > ROOMS:
+                self._followed.popitem(last=False)
+        return True
 
     def _apply(self, room: Room, page: _Page) -> None:
         """What is gone goes first: what has come back since is among what is added."""
@@ -207,11 +213,18 @@ class SharedPool(AnchorPool):
     def _send_again(self, room: Room) -> None:
         for key in [key for key, of in self._unsent.items() if of == room]:
             held = self._shelf.held.get(key)
+            self._unsent.move_to_end(key)  # should it fail, others come first the next time
             reason = None if held is None else self._send(held.anchor)
             del self._unsent[key]
             if reason is not None:
                 self._refuse(reason)
                 self.remove(key)
+
+    def _later(self, anchor: Anchor) -> None:
+        """It is sent when the server answers again."""
+        self._unsent[anchor.key] = room_of(anchor)
+        if len(self._unsent) > UNSENT:
+            self._unsent.popitem(last=False)
 
     def _send(self, anchor: Anchor) -> str | None:
         """Why the server will not have it; None where it has it now. Raises as `ServerStore.call`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, KeysView
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import xxhash
@@ -15,9 +15,9 @@ import xxhash
 from kvcomm.store.base import Kept
 from kvcomm.store.eviction import IN_USE, Book, Quotas
 from kvcomm.store.journal import Journal, read
-from kvcomm.store.record import DAMAGED, Record, Unreadable
+from kvcomm.store.record import Record
 
-__all__ = ["Catalog", "Entry", "digest", "replayed", "understood"]
+__all__ = ["Catalog", "Entry", "digest", "replayed"]
 
 _SLACK = 1024  # lines of a journal that are not worth writing it anew
 _USES = 1024  # objects whose latest uses may be forgotten when the process is killed
@@ -41,8 +41,7 @@ class Entry(NamedTuple):
     @classmethod
     def of(cls, record: Record) -> Entry:
         """Raises Unreadable where its header is damaged."""
-        with understood():
-            s = record.segment
+        s = record.segment
         return cls(s.key, record.nbytes, digest(record), s.tenant, s.fingerprint, s.producer, len(s.ids), s.cost_ms)
 
 
@@ -165,15 +164,6 @@ class Catalog:
                 self._slack += self.journal.count  # not again at once
         self.journal.append([*(["-", key] for key in self._gone), *lines])
         self._gone.clear()
-
-
-@contextmanager
-def understood() -> Iterator[None]:
-    """Raises Unreadable for what a record raises that has right checksums over what is no header of ours."""
-    try:
-        yield
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as fault:
-        raise Unreadable(DAMAGED, f"its header cannot be understood: {fault!r}") from fault
 
 
 def digest(record: Record) -> int:

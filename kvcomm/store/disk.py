@@ -20,11 +20,11 @@ from typing import ClassVar
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.segments import Segment
 from kvcomm.store.base import ALTERED, Kept, StoreStats
-from kvcomm.store.catalog import Catalog, Entry, digest, replayed, understood
+from kvcomm.store.catalog import Catalog, Entry, digest, replayed
 from kvcomm.store.eviction import Quotas
 from kvcomm.store.folder import Folder
 from kvcomm.store.journal import Journal, read
-from kvcomm.store.record import ALIGN, DAMAGED, Record, Unreadable
+from kvcomm.store.record import DAMAGED, Record, Unreadable
 from kvcomm.store.records import Counts, RecordStore
 
 __all__ = [
@@ -350,19 +350,6 @@ class DiskStore(RecordStore):
         return CacheFault(f"{DISK_FAILED}: {self._folder.path}: {fault}")
 
 
-def _check_layout(record: Record) -> None:
-    """Raise Unreadable unless its tensors are of its tokens and cover all that lies behind its header."""
-    kv, tokens = record.kv(), len(record.segment.ids)
-    tensors = (*kv.keys, *kv.values)
-    at = tensors[0].data_ptr() if tensors else 0
-    for t in tensors:
-        if t.dim() != 3 or t.shape[1] != tokens or t.data_ptr() != at:
-            raise Unreadable(DAMAGED, f"a tensor of {record.key} is {list(t.shape)}, for {tokens} tokens, or not in its place")
-        at += -(-t.nbytes // ALIGN) * ALIGN
-    if at != record.data.ctypes.data + record.nbytes or kv.length < kv.start + tokens:
-        raise Unreadable(DAMAGED, f"the tensors of {record.key} are not all of its bytes, or of a shorter sequence than itself")
-
-
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Python's collector would look at the many entries that all stay again and again: half of the time of opening."""
@@ -377,9 +364,7 @@ def _no_collection() -> Iterator[None]:
 
 def _sound(record: Record, entry: Entry) -> Record:
     """Itself, when every byte of it is as it was put. Raises Unreadable."""
-    with understood():
-        record.verify(entry.key)
-        _check_layout(record)
+    record.verify(entry.key)
     if (record.nbytes, digest(record)) != (entry.nbytes, entry.digest):
         raise Unreadable(ALTERED, f"{entry.key} is another record than was put")
     return record

@@ -144,8 +144,7 @@ class Record:
         (digest,) = _DIGEST.unpack(data[_PREFIX.size : _START].tobytes())
         if digest != _header_digest(data[:start]):
             raise Unreadable(DAMAGED, "the header's checksum is another one")
-        head: dict[str, Any] = msgpack.unpackb(data[_START : _START + size].tobytes())
-        return head
+        return _understood(data[_START : _START + size].tobytes(), data.nbytes - start)
 
     @cached_property
     def segment(self) -> Segment:
@@ -178,9 +177,7 @@ class Record:
         return self
 
     def kv(self) -> SegmentKV:
-        """Views of `data`, to be read and never written; they keep it alive. Nothing is verified: call `verify` first. Raises
-        Unreadable where the header describes no KV of its tokens.
-        """
+        """Views of `data`, to be read and never written; they keep it alive. Nothing is verified: call `verify` first."""
         return self._kv
 
     @cached_property
@@ -188,20 +185,13 @@ class Record:
         import torch
 
         _read_only_is_meant()
-        head, payload, tokens = self.head, self.data[self._start :], len(self.head["ids"]) // 4
+        payload = self.data[self._start :]
         tensors = []
-        for name, shape, offset in head["tensors"]:
-            dtype, count = _dtype(name), math.prod(shape)
-            inside = 0 <= offset <= payload.nbytes - count * dtype.itemsize and offset % ALIGN == 0
-            if not inside or len(shape) != 3 or shape[1] != tokens or min(shape) < 1:
-                raise Unreadable(
-                    DAMAGED, f"{name} {shape} at {offset} is no tensor of {tokens} tokens in {payload.nbytes} bytes"
-                )
-            tensors.append(torch.frombuffer(payload, dtype=dtype, count=count, offset=offset).view(shape))
-        half, start, length = len(tensors) // 2, len(head["context"]) // 4, head["kv_length"]
-        if not half or len(tensors) % 2 or length < start + tokens:
-            raise Unreadable(DAMAGED, f"{len(tensors)} tensors of {tokens} tokens from {start} on, in a sequence of {length}")
-        return SegmentKV(tuple(tensors[:half]), tuple(tensors[half:]), start, length)
+        for name, shape, offset in self.head["tensors"]:
+            count = math.prod(shape)
+            tensors.append(torch.frombuffer(payload, dtype=_dtype(name), count=count, offset=offset).view(shape))
+        half = len(tensors) // 2
+        return SegmentKV(tuple(tensors[:half]), tuple(tensors[half:]), self.segment.start, self.head["kv_length"])
 
     @property
     def _start(self) -> int:
@@ -243,15 +233,62 @@ def _read_only_is_meant() -> None:
         torch.frombuffer(memory, dtype=torch.uint8)
 
 
+_SIZES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+}  # bytes; what KV may be
+_TYPES: dict[str, Any] = {
+    "key": str,
+    "fingerprint": str,
+    "tenant": str,
+    "producer": str,
+    "exact": bool,
+    "length": int,
+    "alone": bool,
+    "cost_ms": (int, float, type(None)),
+    "ids": bytes,
+    "context": bytes,
+    "kv_length": int,
+    "tensors": list,
+    "digests": bytes,
+}
+
+
+def _understood(header: bytes, payload: int) -> dict[str, Any]:
+    """What a header says of `payload` bytes of tensors. Raises Unreadable where that is no KV of its tokens."""
+    try:
+        head: dict[str, Any] = msgpack.unpackb(header)
+        wrong = [name for name, kind in _TYPES.items() if not isinstance(head[name], kind)]
+        tokens, end = len(head["ids"]) // 4, 0
+        for name, shape, offset in head["tensors"]:
+            sound = len(shape) == 3 and shape[1] == tokens and min(shape) > 0 and offset == end
+            wrong += [] if sound else [f"a tensor {shape} at {offset}"]
+            end += _aligned(math.prod(shape) * _SIZES[name])
+        length = len(head["context"]) // 4 + tokens
+    except Exception as fault:  # whatever it is made of
+        raise Unreadable(DAMAGED, f"its header is no header: {fault!r}") from fault
+    digests = _DIGEST.size * -(-payload // BLOCK)
+    odd = len(head["ids"]) % 4 or len(head["context"]) % 4 or len(head["tensors"]) % 2
+    if wrong or odd or not end or end != payload or len(head["digests"]) != digests or head["kv_length"] < length:
+        raise Unreadable(DAMAGED, f"its header does not describe {payload} bytes of KV of {tokens} tokens ({', '.join(wrong)})")
+    return head
+
+
 def _name(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
+    """Raises CacheFault for a type that records do not hold."""
+    name = str(t.dtype).removeprefix("torch.")
+    if name not in _SIZES:
+        raise CacheFault(f"KV of type {name}; records hold {', '.join(_SIZES)}")
+    return name
 
 
 def _dtype(name: str) -> torch.dtype:
-    """Raises Unreadable for what is no floating type of torch."""
     import torch
 
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise Unreadable(DAMAGED, f"tensors of type {name!r}")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
     return dtype

@@ -13,7 +13,6 @@ from typing import Protocol
 from kvcomm.anchors.record import Entry, checksum
 from kvcomm.errors import CacheFault
 from kvcomm.store.base import check_kv
-from kvcomm.store.catalog import understood
 from kvcomm.store.record import DAMAGED, Record, Unreadable
 from kvcomm.wire.anchor_entry import unpack_entry
 from kvcomm.wire.listing import Wanted
@@ -90,9 +89,8 @@ def move(items: Iterable[Item], source: Source, target: Target) -> Moved:
 
 def sound(record: Record, key: str) -> Record:
     """Itself, when it is the record of `key`, every byte of it, and of a kind that stores keep. Raises CacheFault."""
-    with understood():
-        record.verify(key)
-        check_kv(record.segment, record.kv())
+    record.verify(key)
+    check_kv(record.segment, record.kv())
     return record
 
 

@@ -170,11 +170,11 @@ IDENTITY: dict[str, tuple[bytes, str]] = {  # found by the header's own facts
     "exactness": (remade(SOUND, exact=False), OTHER_KEY),
     "length": (remade(SOUND, length=3), OTHER_KEY),
     "one id": (remade(SOUND, ids=(S.ids ^ (np.arange(5) == 2)).astype("<i4").tobytes()), OTHER_KEY),
-    "an id less": (remade(SOUND, ids=S.ids[:-1].tobytes()), OTHER_KEY),
-    "an id more": (remade(SOUND, ids=np.append(S.ids, np.int32(1)).tobytes()), OTHER_KEY),
+    "an id less": (remade(SOUND, ids=S.ids[:-1].tobytes()), DAMAGED),
+    "an id more": (remade(SOUND, ids=np.append(S.ids, np.int32(1)).tobytes()), DAMAGED),
     "half an id": (remade(SOUND, ids=S.ids.tobytes()[:-2]), DAMAGED),
     "context": (remade(SOUND, context=S.context[::-1].tobytes()), OTHER_KEY),
-    "ids and context": (remade(SOUND, ids=S.ids[1:].tobytes(), context=np.append(S.context, S.ids[:1]).tobytes()), OTHER_KEY),
+    "ids and context": (remade(SOUND, ids=S.ids[1:].tobytes(), context=np.append(S.context, S.ids[:1]).tobytes()), DAMAGED),
     "version": (remade(SOUND, version=format_.VERSION + 1), OTHER_VERSION),
 }
 LAYOUT: dict[str, tuple[bytes, str]] = {  # found by the tensors' places

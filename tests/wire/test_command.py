@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -231,6 +232,55 @@ def test_other_hosts(start: Start, folder: Path) -> None:
         stranger = ServerStore(at, tenant=tenant, token=token, tls=context, deadline_s=10)
         with closing(stranger), pytest.raises(KVCommError, match=r"token|certificate verify failed"):
             stranger.call(tenant, p.Stats())
+    assert server.end()[0] == 0
+
+
+@pytest.fixture
+def redis_url(folder: Path) -> Iterator[str]:
+    """A Redis of the test's own."""
+    if (command := shutil.which("redis-server")) is None:
+        pytest.skip("there is no redis-server")
+    port = free_port()
+    argv = [command, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("Ready to accept connections" in line for line in process.stdout)
+        yield f"redis://127.0.0.1:{port}/0"
+        process.kill()
+
+
+@pytest.mark.parametrize("disk", [True, False])
+def test_two_hosts_share_what_is_remote(start: Start, folder: Path, redis_url: str, disk: bool) -> None:
+    """What one server was given, the other finds by its text; and what one kept, it finds after it was killed."""
+    flags = [["--remote", redis_url, *(["--disk", folder / f"d{n}"] if disk else [])] for n in range(2)]
+    first, second = (start(*flags[n], at=f"s{n}") for n in range(2))
+    r = record(1, tenant="t", tokens=200)
+    with closing(ServerStore(f"unix:{folder}/s0", tenant="t", deadline_s=10)) as store:
+        assert store.put_record(r)
+
+    def seen(name: str) -> list[tuple[int, int, str]]:
+        with closing(ServerStore(f"unix:{folder}/{name}", tenant="t", deadline_s=10)) as store:
+            look = store.index.look(r.segment.ids, fingerprint="f0", tenant="t")
+            assert found(store, r) == (r.data.tobytes() if look.matches else None)
+            return [(m.start, m.end, m.segment.key) for m in look.matches]
+
+    assert seen("s0") == seen("s1") == [(0, 200, r.key)]
+    status = ask(Address(path=folder / "s1"))
+    assert list(status["tiers"]) == (["memory", "disk", "redis"] if disk else ["memory", "redis"])
+    assert second.end()[0] == 0
+    first.end(signal.SIGKILL)
+    start(*flags[0], at="s0")
+    assert seen("s0") == [(0, 200, r.key)]
+
+
+def test_a_remote_that_is_gone(start: Start, folder: Path) -> None:
+    """It starts, keeps and finds what it has, counts why, and ends."""
+    server = start("--remote", f"redis://127.0.0.1:{free_port()}/0")
+    r = record(1, tokens=200)
+    with closing(ServerStore(f"unix:{folder}/s", deadline_s=20)) as store:
+        assert store.put_record(r)
+        assert found(store, r) == r.data.tobytes()
+    assert ask(Address(path=folder / "s"), deadline_s=60)["tiers"]["redis"]["faults"]
     assert server.end()[0] == 0
 
 

@@ -1,0 +1,87 @@
+"""A server in a process of its own, for as long as a block runs: what the demo, the benchmarks and the tests use."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvcomm.errors import KVCommError
+from kvcomm.wire.address import Address
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+__all__ = ["serving"]
+
+READY_S = 600.0
+
+
+@contextmanager
+def serving(path: Path, limit_bytes: int, *, filled: int = 0) -> Iterator[str]:
+    """Its address. `filled`: so many small segments are in it from the start. Raises KVCommError where it does not start."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(path, limit_bytes, filled, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(READY_S):
+            raise KVCommError(f"the server at {path} did not start within {READY_S:g} s")
+        said: Any = ours.recv()
+        if said is not None:
+            raise KVCommError(f"the server at {path} did not start: {said}")
+        yield f"unix:{path}"
+    except EOFError:
+        raise KVCommError(f"the server at {path} ended when it started") from None
+    finally:
+        ours.close()  # the server hears of it, and ends
+        process.join(10)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _serve(path: Path, limit_bytes: int, filled: int, parent: Connection) -> None:
+    asyncio.run(_until_hung_up(path, limit_bytes, filled, parent))
+
+
+async def _until_hung_up(path: Path, limit_bytes: int, filled: int, parent: Connection) -> None:
+    from kvcomm.matching import TextIndex
+    from kvcomm.store.slabs import SlabStore
+    from kvcomm.wire.library import Library
+    from kvcomm.wire.server import Server
+
+    try:
+        index = TextIndex(max_windows=max(1 << 20, 4 * filled), max_bytes=max(256 << 20, 256 * filled))
+        library = Library(SlabStore(limit_bytes), index=index)
+        if filled:
+            _fill(library, filled)
+        server = Server(library)
+        await server.listen(Address(path=path))
+    except Exception as fault:
+        parent.send(repr(fault))
+        raise
+    parent.send(None)
+    hung_up = asyncio.Event()
+    asyncio.get_running_loop().add_reader(parent.fileno(), hung_up.set)
+    await hung_up.wait()
+    await server.close()
+
+
+def _fill(library: Any, count: int) -> None:
+    """Records of 16 tokens, all different, each in a page of its own."""
+    import numpy as np
+    import torch
+
+    from kvcomm.segments import Segment, SegmentKV
+    from kvcomm.store.record import Record
+
+    ids = np.random.default_rng(1).integers(0, 1 << 30, (count, 16)).astype(np.int32)
+    kv = SegmentKV((torch.zeros(1, 16, 4),), (torch.zeros(1, 16, 4),), 0, 16)
+    for row in ids:
+        kept = library.put("", Record.of(Segment(row, row[:0], "bench"), kv))
+        assert kept, kept.reason

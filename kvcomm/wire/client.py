@@ -102,7 +102,9 @@ class ServerStore(RecordStore):
         asked = set(keys)
         found = {key for key in asked if self._held_record(key) is not None}
         if asked - found:
-            found |= set(self.call(self.tenant or "", p.Has(sorted(asked - found)))[0]["keys"])
+            reply, _ = self.call(self.tenant or "", p.Has(sorted(asked - found)))
+            with self.understood():
+                found |= asked.intersection(reply["keys"])
         return found
 
     def remove(self, key: str) -> bool:
@@ -152,7 +154,7 @@ class ServerStore(RecordStore):
         with self._guarded():
             answer = connection.ask(request, deadline_s=connection.deadline_s + request.wait_ms / 1e3)
         found, reply = self._received(connection, answer), answer.fields
-        with self._lock:
+        with self._lock, self.understood():
             self._held[reply["flight"]] = dict(found)
             while len(self._held) > HELD:
                 self._held.popitem(last=False)
@@ -173,6 +175,15 @@ class ServerStore(RecordStore):
         """Whose these are, for `get` and `get_many`, which are not told: of what this store found or put it knows."""
         with self._lock:
             self._remember(keys, tenant)
+
+    @contextmanager
+    def understood(self) -> Iterator[None]:
+        """Around what reads a reply: one that is not what was asked for is a fault of the server."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError) as fault:
+            self._counts.fault("malformed")
+            raise Unreachable("malformed", f"{self.address} replies something else: {fault!r}") from fault
 
     def holds(self, key: str) -> bool:
         """Is it leased for a prompt now? Asks nobody."""
@@ -216,12 +227,13 @@ class ServerStore(RecordStore):
         """The records of a reply, every byte verified; the server is told of those that are damaged."""
         found: dict[str, Record] = {}
         damaged: list[str] = []
-        for key, data in self._pieces(connection, answer):
-            record = Record(data)
-            if self._counts.sound(record, key, whole=self._reads_kv):
-                found[key] = record
-            else:
-                damaged.append(key)
+        with self.understood():
+            for key, data in self._pieces(connection, answer):
+                record = Record(data)
+                if self._counts.sound(record, key, whole=self._reads_kv):
+                    found[key] = record
+                else:
+                    damaged.append(key)
         with self._lock:
             self._remember(found, connection.tenant)
         if damaged:
@@ -312,18 +324,20 @@ class ServerIndex:
         sent = np.ascontiguousarray(ids, dtype="<i4").tobytes()
         request = p.Find(fingerprint, sent, ms_per_token, self._store.wait_ms, lease=True)
         reply, records = self._store.find(tenant, request)
-        matches = []
-        for start, end, key, offset, exact in reply["matches"]:
-            record = records.get(key)
-            if record is None or not 0 <= start < end <= len(ids):
-                continue
-            segment = record.segment
-            if not np.array_equal(segment.ids[offset : offset + end - start], ids[start:end]):
-                self._store.remove(key)
-                continue
-            exact = exact and same_tables(segment.length) and _stands_there(segment, ids, start, offset)
-            matches.append(Match(start, end, segment, offset, exact))
-        return Found(matches, dict(reply["declined"]), reply["waited_ms"], reply["flight"])
+        matches: list[Match] = []
+        with self._store.understood():
+            for start, end, key, offset, exact in reply["matches"]:
+                record = records.get(key)
+                if record is None:
+                    continue
+                segment, done = record.segment, matches[-1].end if matches else 0
+                if not done <= start < end <= len(ids) or (segment.fingerprint, segment.tenant) != (fingerprint, tenant):
+                    raise ValueError(f"a match of {fingerprint!r} at {start} to {end}, behind one to {done}")
+                if offset < 0 or not np.array_equal(segment.ids[offset : offset + end - start], ids[start:end]):
+                    raise ValueError(f"other text at {start} to {end}")
+                exact = exact and same_tables(segment.length) and _stands_there(segment, ids, start, offset)
+                matches.append(Match(start, end, segment, offset, bool(exact)))
+            return Found(matches, dict(reply["declined"]), reply["waited_ms"], reply["flight"])
 
     def add(self, segment: Segment) -> tuple[str, ...]:
         """The server has indexed it, when it was put."""

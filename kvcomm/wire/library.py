@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -188,8 +189,11 @@ class Library:
         return slots, missing
 
     def _tenant_of(self, key: str) -> str | None:
+        """Of what is in memory; None for what is not, or is damaged."""
         record = self.slabs.record(key)
-        return None if record is None else record.tenant
+        with suppress(Unreadable):
+            return None if record is None else record.tenant
+        return None
 
     def _indexed(self, segment: Segment) -> str | None:
         """Makes its text known; why that cannot be."""

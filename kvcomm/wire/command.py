@@ -108,8 +108,7 @@ async def _serve(args: argparse.Namespace, addresses: Sequence[Address]) -> None
             nbytes_of(args.anchors_bytes),
         )
     )
-    server = Server(tiers.library, tokens)
-    setattr(server, "anchors", tiers.anchors)  # noqa: B010  # its constructor takes none yet
+    server = Server(tiers.library, tokens, tiers.anchors)
 
     async def status() -> dict[str, Any]:
         return server.status()
@@ -142,7 +141,6 @@ async def _serve(args: argparse.Namespace, addresses: Sequence[Address]) -> None
         if restoring is not None:
             await restoring
         await server.close()
-        tiers.anchors.close()
 
 
 def _ended_by_signals() -> asyncio.Event:

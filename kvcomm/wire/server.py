@@ -26,6 +26,7 @@ from uuid import uuid4
 from kvcomm._version import __version__
 from kvcomm.errors import InputError
 from kvcomm.wire.address import Address
+from kvcomm.wire.anchor_log import AnchorLog
 from kvcomm.wire.flights import Flights
 from kvcomm.wire.library import Library
 from kvcomm.wire.peers import Peers
@@ -60,8 +61,10 @@ class ServerCounters:
 class Server:
     """Serves one `Library` at any number of addresses. `tokens`: what a client must say over TCP, by tenant ("*": any)."""
 
-    def __init__(self, library: Library, tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(self, library: Library, tokens: Mapping[str, str] | None = None, anchors: AnchorLog | None = None) -> None:
+        """`anchors`: None keeps them as long as the server runs. Both belong to the server, which closes them."""
         self.library, self._tokens = library, dict(tokens or {})
+        self.anchors = AnchorLog() if anchors is None else anchors
         self.flights, self.peers = Flights(), Peers(library.slabs, log.info)
         self.counters = ServerCounters()
         self.epoch = uuid4().hex  # leases and flights of another epoch mean nothing here
@@ -144,6 +147,7 @@ class Server:
         self.peers.close()
         await asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown)
         self.library.close()
+        self.anchors.close()
 
     # -- listening --------------------------------------------------------------------------------------------------------
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
-import random
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -71,29 +69,6 @@ def test_freeing_twice_is_an_error_and_changes_nothing() -> None:
     with pytest.raises(KeyError):
         extents.free(offset)
     extents.check_integrity()
-
-
-def test_many_small_extents_do_not_slow_it_down() -> None:
-    """A thousand frees and allocations among a thousand extents and among 100,000, every other one free."""
-
-    def seconds(n: int) -> float:
-        extents = Extents(n * 4 * PAGE)
-        chance = random.Random(0)
-        taken = [extents.allocate(chance.randint(1, 3) * PAGE) for _ in range(n)]
-        for offset in taken[::2]:
-            assert offset is not None
-            extents.free(offset)
-        rest = taken[1::2]
-        chance.shuffle(rest)
-        began = time.perf_counter()
-        for offset in rest[:500]:
-            assert offset is not None
-            extents.free(offset)
-            assert extents.allocate(chance.randint(1, 3) * PAGE) is not None
-        return time.perf_counter() - began
-
-    small, large = (min(seconds(n) for _ in range(2)) for n in (1_000, 100_000))
-    assert large < 20 * small, f"{small:.4f} s and {large:.4f} s; 100 times as many extents"
 
 
 class ExtentsModel(RuleBasedStateMachine):

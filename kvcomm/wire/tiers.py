@@ -50,7 +50,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Tiers:
-    """All of it, opened. Belongs to a server, which closes the library."""
+    """All of it, opened; a server closes it."""
 
     library: Library
     disk: DiskStore | None

@@ -12,8 +12,10 @@ import ssl
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -23,12 +25,14 @@ import pytest
 import torch
 
 from kvcomm import cli
+from kvcomm.anchors.record import Entry, Layout, checksum
 from kvcomm.errors import KVCommError
 from kvcomm.segments import Segment, SegmentKV
 from kvcomm.store.disk import DiskStore
 from kvcomm.store.record import Record
 from kvcomm.wire import protocol as p
 from kvcomm.wire.address import Address, default_path
+from kvcomm.wire.anchor_entry import pack_entry
 from kvcomm.wire.client import ServerStore
 from kvcomm.wire.status import address_of, ask
 from kvcomm.wire.transport import Unreachable
@@ -94,6 +98,13 @@ def record(seed: int, *, tenant: str = "", tokens: int = 20) -> Record:
     made = torch.Generator().manual_seed(seed)
     parts = tuple(torch.randn(2, tokens, 8, generator=made) for _ in range(4))
     return Record.of(Segment(ids, ids[:0], "f0", tenant), SegmentKV(parts[:2], parts[2:], 0, tokens))
+
+
+def anchor(*, tenant: str) -> tuple[bytes, bytes]:
+    document = b"opaque to servers"
+    layout = Layout("raw", (4,), (4,))
+    told = Entry("0" * 32, "slot", "f0", tenant, layout, layout, checksum(document), len(document))
+    return pack_entry(told), document
 
 
 def found(store: ServerStore, r: Record) -> bytes | None:
@@ -188,6 +199,8 @@ def test_moved_from_server_to_server(start: Start, folder: Path, capsys: pytest.
     other = record(9)
     with closing(ServerStore(f"unix:{folder}/s")) as store:
         assert all(store.put_record(r) for r in (*records, other))
+        entry, document = anchor(tenant="t")
+        assert store.call("t", p.AddAnchor(entry, document))[0]["kept"]
 
     def run(*argv: str) -> dict[str, Any]:
         assert cli.main(["store", *argv, "--format", "json"]) == 0
@@ -199,11 +212,12 @@ def test_moved_from_server_to_server(start: Start, folder: Path, capsys: pytest.
     listed = run("ls", "--socket", here, "--tenant", "t")["objects"]
     assert {row["key"] for row in listed} == {r.key for r in records}
     assert {(row["tokens"], row["nbytes"], row["uses"]) for row in listed} == {(20, None, None)}
-    assert run("export", tar, "--socket", here, "--tenant", "t")["objects"] == 3
-    assert run("import", tar, "--socket", there)["objects"] == 3
-    assert run("import", tar, "--socket", there)["here_already"] == 3
+    for way, socket_, expected in (("export", here, (3, 1, 0)), ("import", there, (3, 1, 0)), ("import", there, (0, 0, 4))):
+        doc = run(way, tar, "--socket", socket_, "--tenant", "t")
+        assert (doc["objects"], doc["anchors"], doc["here_already"]) == expected
     with closing(ServerStore(f"unix:{there}", tenant="t")) as store:
         assert [found(store, r) for r in records] == [r.data.tobytes() for r in records]
+        assert store.call("t", p.Anchors("f0", 0))[0]["added"] == [[entry, document]]
 
 
 def test_other_hosts(start: Start, folder: Path) -> None:
@@ -354,6 +368,32 @@ def test_two_at_one_place(start: Start, folder: Path, capsys: pytest.CaptureFixt
         assert str(folder) in err
         assert err.count("\n") == 1
     assert ask(Address(path=folder / "s"))["connections"] == 1
+
+
+def test_the_documentation_names_every_flag(checkout: Path) -> None:
+    text = (checkout / "docs" / "server.md").read_text("utf-8")
+    for command in ("server", "store"):
+        parser = ArgumentParser(add_help=False)
+        import_module({c.words: c.module for c in cli.COMMANDS}[(command,)]).add_arguments(parser)
+        for action in parser._actions:
+            for name in (*action.option_strings, *(action.choices or ())):
+                assert name in text, name
+
+
+def test_the_unit_is_one(checkout: Path) -> None:
+    """Its command is one that the server takes, and systemd has no objection, where it is here to ask."""
+    unit = checkout / "docs" / "kvcomm.service"
+    command = re.search(r"^ExecStart=\S+/kvcomm (server .*)$", unit.read_text("utf-8"), re.MULTILINE)
+    assert command is not None
+    parser = ArgumentParser()
+    import_module("kvcomm.wire.command").add_arguments(parser)
+    assert parser.parse_args(command[1].split()[1:]).action == "run"
+    if shutil.which("systemd-analyze"):
+        env = {**os.environ, "XDG_RUNTIME_DIR": "/tmp"}
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "--user", unit], capture_output=True, text=True, env=env, check=False
+        )
+        assert [line for line in done.stderr.splitlines() if "is not executable" not in line] == []
 
 
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

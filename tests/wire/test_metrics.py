@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,6 +137,21 @@ def test_any_reason_can_be_read_again(reasons: dict[str, int], version: str) -> 
     faults = {dict(labels)["reason"]: n for (name, labels), n in told.items() if name == "kvcomm_server_tier_faults_total"}
     assert faults == reasons
     assert told[sample("info", version=version)] == 1
+
+
+def test_the_documentation_names_every_metric_and_reason(server: Server, checkout: Path) -> None:
+    """Those of `render`, and the constants of the modules that count reasons."""
+    text = (checkout / "docs" / "server.md").read_text("utf-8")
+    status = server.status() | {"anchors": vars(AnchorLog().stats())}
+    for name in parsed(render(status))[1]:
+        assert re.search(rf"`{name.removeprefix('kvcomm_server_')}[`{{]", text), name
+    said = re.compile(r'^[A-Z_]+ = "([a-z-]+)"  # .*(?:why|reason|lost|refused|kept|read|raised|finished|failed)', re.MULTILINE)
+    found = 0
+    for path in (*(checkout / "kvcomm/store").glob("*.py"), *(checkout / "kvcomm/wire").glob("*.py")):
+        for reason in said.findall(path.read_text("utf-8")):
+            assert f"`{reason}`" in text, f"{reason} of {path.name}"
+            found += 1
+    assert found > 20
 
 
 # -- HTTP -------------------------------------------------------------------------------------------------------------

@@ -205,6 +205,14 @@ def test_a_folder_in_use_can_be_looked_at(store: Command, disk: Path, tmp_path: 
             assert cli.main(["store", *map(str, argv)]) == 2
 
 
+def test_export_beside_a_server(store: Command, disk: Path, tmp_path: Path) -> None:
+    """Records are exported; that anchors are not, is said."""
+    with closing(DiskStore(disk, LIMIT)), closing(AnchorLog(disk / "anchors")):
+        code, doc = store("export", tmp_path / "a.tar", "--disk", disk)
+    assert (code, doc["objects"], doc["anchors"], doc["faults"]) == (1, 4, 0, {"anchors-in-use": 1})
+    assert read(tmp_path / "a.tar") == (WHOLE, set(), {})
+
+
 def test_gone_between_listing_and_reading(disk: Path) -> None:
     with closing(DiskStore(disk, LIMIT)) as owner, closing(FolderPlace(disk)) as place:
         items = place.items(Wanted(tenant="alice"))

@@ -102,6 +102,8 @@ class MooncakeStore(RemoteStore):
             return self.counts.refused(FULL)
         if code in {_MISSING, _NOT_READY}:
             return self.counts.refused(BEING_WRITTEN)
+        if code in _OBJECT:  # its place was at a host that is gone: the next put is given another one
+            return self.counts.refused(_OBJECT[code])
         self._check(code)
         self._remember(record)
         return Kept(stored=True)
@@ -142,10 +144,10 @@ class MooncakeStore(RemoteStore):
         check_notes(notes)
         sealed = {f"{self._prefix}:n:{name}": seal(name, value) for name, value in notes.items()}
         for code in self._put(sealed, replace=True) if sealed else ():
-            if code in {_NO_SPACE, _MISSING, _NOT_READY}:
-                self.counts.refused(FULL)
-            else:
+            if code in _SERVICE:
                 self._check(code)
+            elif code < 0:
+                self.counts.refused(_OBJECT.get(code, FULL))
 
     def get_notes(self, names: Sequence[str]) -> dict[str, bytes]:
         check_names(names)
@@ -216,8 +218,7 @@ class MooncakeStore(RemoteStore):
     def _check(self, code: int) -> None:
         """Raise RemoteFault for a code of Mooncake that is an error."""
         if code < 0:
-            reason = {**_SERVICE, **_OBJECT}.get(code, "error")
-            raise RemoteFault(self.name, reason, f"Mooncake answers {code}")
+            raise RemoteFault(self.name, _SERVICE.get(code, "error"), f"Mooncake answers {code}")
 
     def _remember(self, record: Record) -> None:
         segment = record.segment

@@ -3,7 +3,7 @@
 memory:4G                                           this process's memory
 disk:/path?bytes=20G                                a folder
 redis://host:6379/0                                 Redis or Valkey; valkey://, and rediss:// or valkeys:// with TLS; unix:///path
-    ?ttl=86400&timeout=0.5&chunk=4M&namespace=a     and the client's own options, as password=...
+    ?ttl=86400&timeout=0.5&chunk=1M&namespace=a     and the client's own options, as password=...
 mooncake://host:50051?segment=256M                  Mooncake, by its master
     &host=10.0.0.7&namespace=a&timeout=2
 Tiers on other machines come as `Guarded`, and take deadline=2 besides: seconds for a call.

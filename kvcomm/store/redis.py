@@ -27,9 +27,9 @@ from kvcomm.store.remote import FULL, INCOMPLETE, Census, RemoteStore, peek
 
 __all__ = ["CHUNK_BYTES", "RedisStore"]
 
-CHUNK_BYTES = 4 << 20  # one command: small beside a timeout of half a second
+CHUNK_BYTES = 1 << 20  # read four times as fast as 4 MiB, and sent within half a second over a slow line
 LARGEST_CHUNK = 256 << 20  # a string of Redis has at most 512 MB
-COUNTED = 100_000  # records that `census` looks at
+COUNTED = 10_000  # records that `census` looks at
 LISTED = 1000  # records that `segments` reads
 SCANS = 1000  # commands of one scan, of COUNT names each: what else the server holds is walked through as well
 COUNT = 1000
@@ -134,7 +134,7 @@ class RedisStore(RemoteStore):
         return found
 
     def census(self) -> Census:
-        """Of at most 100,000 records. The limit is the server's `maxmemory`, or its machine's memory where it has none."""
+        """Of at most 10,000 records. The limit is the server's `maxmemory`, or its machine's memory where it has none."""
         names = self._scan(COUNTED)
         heads = [
             Head.unpack(self._key(n), h) for n, h in zip(names, self._send([_range(n, HEAD_BYTES) for n in names]), strict=True)

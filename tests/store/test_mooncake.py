@@ -289,7 +289,7 @@ def test_a_late_answer_is_nobodys(opens: Opens, services: ModuleType, tmp_path: 
 def test_a_client_that_crashes(store: MooncakeStore, record: Made, how: signal.Signals) -> None:
     """One call is a fault at most; the next one has a new process, and a cluster without the segment of the old one."""
     a, b = record(0), record(1)
-    store.put_record(a)
+    works_again(store, a)  # the one that crashed before is still given places
     assert store._child.pid is not None
     os.kill(store._child.pid, how)
     works_again(store, b)
@@ -302,7 +302,7 @@ def test_a_client_that_crashes(store: MooncakeStore, record: Made, how: signal.S
 
 
 def test_a_peer_that_dies(opens: Opens, services: ModuleType, tmp_path: Path, record: Made) -> None:
-    """What lay there is a miss at once, while the master does not know yet: counted."""
+    """What lay there is a miss at once, while the master does not know yet, and what it would give a place there is refused."""
     with services.MooncakeMaster(tmp_path, "--client_ttl=5") as master:
         holder, reader = opens(master), opens(master, segment_bytes=0)
         a = record(0)
@@ -313,7 +313,10 @@ def test_a_peer_that_dies(opens: Opens, services: ModuleType, tmp_path: Path, re
         began = time.monotonic()
         assert reader.get_records([a.key]) == {}
         assert time.monotonic() - began < 2
+        assert reader.put_record(record(1)) == Kept(stored=False, reason=PEER_LOST)
         assert reader.counts.stats(0, 0, 0).faults == {PEER_LOST: 1}
+        reader.put_notes({"ab": b"1"})
+        assert reader.get_notes(["ab"]) == {}
 
 
 def test_the_client_ends_with_us(services: ModuleType, tmp_path: Path) -> None:

@@ -26,12 +26,12 @@ class Address:
     def parse(cls, text: str) -> Address:
         """`/run/kvcomm.sock`, `unix:/run/kvcomm.sock`, `tcp://host:port` or `tls://host:port`. Raises InputError."""
         if text.startswith(("tcp://", "tls://")):
-            parts = urlsplit(text)
             try:
-                host, port = parts.hostname, parts.port
+                parts = urlsplit(text)
+                host, port, rest = parts.hostname, parts.port, parts.path
             except ValueError:
-                host, port = None, None
-            if not host or not port or parts.path not in ("", "/"):
+                host, port, rest = None, None, ""
+            if not host or not port or rest not in ("", "/"):
                 raise InputError(f"address {text!r} has no host and port; write tls://host:port")
             return cls(host=host, port=port, tls=text.startswith("tls"))
         path = Path(text.removeprefix("unix:"))

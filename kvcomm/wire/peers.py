@@ -41,6 +41,7 @@ class Peer:
     )  # -> replies that will have arrived on it, once it is known
     doubtful: dict[int, Handed] = field(default_factory=dict)  # by connection that has ended
     pidfd: int | None = None
+    grace: asyncio.TimerHandle | None = None  # until it counts as gone
 
 
 class Peers:
@@ -60,6 +61,8 @@ class Peers:
                 self._peers[pid] = peer
                 self._watch(peer)
         peer.connections[connection] = None
+        if peer.grace is not None:
+            peer.grace.cancel()
         return peer
 
     def left(self, peer: Peer, connection: int, handed: Handed) -> None:
@@ -71,7 +74,7 @@ class Peers:
         if arrived is not None:
             self.lose(peer, connection, arrived)
         if not peer.connections and peer.pidfd is None:
-            asyncio.get_running_loop().call_later(GRACE, lambda: None if peer.connections else self._gone(peer))
+            peer.grace = asyncio.get_running_loop().call_later(GRACE, self._gone, peer)
 
     def lease(self, peer: Peer, slot: Slot) -> int:
         """It was pinned for the peer; the lease's number."""
@@ -118,6 +121,8 @@ class Peers:
         """Watch nobody any more."""
         for peer in self._peers.values():
             self._unwatch(peer)
+            if peer.grace is not None:
+                peer.grace.cancel()
 
     def _watch(self, peer: Peer) -> None:
         try:

@@ -527,9 +527,9 @@ def test_records_of_another_model_or_tenant_are_not_taken(start: Start, monkeypa
     real = library.find_now
     monkeypatch.setattr(library, "find_now", lambda tenant, fingerprint, ids: real("", "f", ids))
     assert store.index.look(s.ids, fingerprint="f").matches
-    for other in ({"fingerprint": "another"}, {"fingerprint": "f", "tenant": "another"}):
+    for fingerprint, tenant in (("another", ""), ("f", "another")):
         with pytest.raises(CacheFault, match="malformed"):
-            store.index.look(s.ids, **other)
+            store.index.look(s.ids, fingerprint=fingerprint, tenant=tenant)
     store.close()
 
 

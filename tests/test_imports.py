@@ -180,6 +180,9 @@ def test_the_reader_of_imports_sees_them(tmp_path: Path, monkeypatch: pytest.Mon
         "kvcomm.replay.recording.command",
         "kvcomm.report",
         "kvcomm.segments",
+        "kvcomm.wire.command",
+        "kvcomm.wire.server",
+        "kvcomm.wire.tiers",
     ],
 )
 def test_light_modules_load_no_torch(name: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -78,19 +78,17 @@ def main(descriptor: int) -> None:
         job: Job = pipe.recv()
         try:
             if isinstance(job, EngineJob):
-                comm = _engine(job)
+                _answer(job, pipe)
             else:
                 asyncio.run(_serve(job, pipe))
-                return
+        except (EOFError, ConnectionError):
+            raise
         except Exception as error:  # noqa: BLE001  # raised in the parent
             pipe.send(Failed(_told(error)))
-            return
-        pipe.send(Ready())
-        while True:
-            pipe.send(_answered(comm, pipe.recv()))
 
 
-def _engine(job: EngineJob) -> KVComm:
+def _answer(job: EngineJob, pipe: Connection) -> None:
+    """Calls, until the parent hangs up."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -102,8 +100,11 @@ def _engine(job: EngineJob) -> KVComm:
 
     disable_progress_bar()  # the parent has its own
     torch.set_num_threads(job.threads)
-    store = ServerStore(Address(path=job.socket), wait_ms=job.wait_ms)
-    return KVComm(load(job.model, dtype=dtype_named(job.dtype)), config=Config(), store=store)
+    with closing(ServerStore(Address(path=job.socket), wait_ms=job.wait_ms)) as store:
+        comm = KVComm(load(job.model, dtype=dtype_named(job.dtype)), config=Config(), store=store)
+        pipe.send(Ready())
+        while True:
+            pipe.send(_answered(comm, pipe.recv()))
 
 
 def _answered(comm: KVComm, ask: Ask) -> Answer | Failed:

@@ -23,22 +23,20 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
+from types import FunctionType, ModuleType
 from typing import Any
 
 import msgpack
 
-# Where there is no build of it: the same mutations, without a guide.
-atheris: Any = import_module("atheris") if find_spec("atheris") else None
-if atheris is not None and "decode" in sys.argv[1:2]:  # what is imported here for the first time is instrumented
-    with atheris.instrument_imports(include=["kvcomm.wire.protocol", "kvcomm.wire.session", "kvcomm.wire.flights"]):
-        import kvcomm.wire.session  # noqa: F401
-
 from kvcomm.store.slabs import SlabStore
+from kvcomm.wire import flights, session
 from kvcomm.wire import protocol as p
-from kvcomm.wire import session
 from kvcomm.wire.address import Address
 from kvcomm.wire.library import Library
 from kvcomm.wire.server import Server
+
+# Where there is no build of it: the same mutations, without a guide.
+atheris: Any = import_module("atheris") if find_spec("atheris") else None
 
 TENANT, TOKEN = "fuzz", "t"
 SLOWEST = 5.0  # s that one frame may take
@@ -226,6 +224,15 @@ def _replies(said: bytes) -> Iterator[dict[str, object]]:
         at += payload + body
 
 
+def _watched(*modules: ModuleType) -> None:
+    """Their functions and methods tell atheris where they are."""
+    for module in modules:
+        classes = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
+        for function in [f for owner in (module, *classes) for f in vars(owner).values() if isinstance(f, FunctionType)]:
+            if function.__code__.co_filename == module.__file__:
+                atheris.instrument_func(function)
+
+
 def decode(frames: int, seed: int) -> None:
     """Ends the process."""
     decoder = Decoder()
@@ -244,6 +251,7 @@ def decode(frames: int, seed: int) -> None:
             decoder(mutated(p.pack_request(rng.choice((HELLO, *VALID))), rng)[:LONGEST])
         ended()
         return
+    _watched(p, session, flights)
     with tempfile.TemporaryDirectory() as folder:
         for number, request in enumerate((HELLO, *VALID)):
             (Path(folder) / str(number)).write_bytes(p.pack_request(request))

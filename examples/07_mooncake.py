@@ -84,7 +84,7 @@ def engines(addresses: Mapping[str, str]) -> Iterator[Engines]:
 @contextmanager
 def running(*command: str, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A program, as long as the block runs. What it says goes to `log`."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log and log.open("w"))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log.open("w") if log else None)
     try:
         yield process
     finally:

@@ -137,7 +137,7 @@ class Library:
             self.slabs.remove(key, generation)
             return Kept(stored=False, reason=reason)
         if isinstance(self.stack, Tiered):
-            self.stack.write_down(record)
+            self._forget(self.stack.write_down(record).evicted)
         return kept
 
     def put(self, tenant: str, record: Record) -> Kept:
@@ -156,9 +156,19 @@ class Library:
         """Forget what the tenant has of these; how many there were."""
         count = 0
         for key in keys:
-            if self._tenant_of(key) in (tenant, None):
+            if self._tenant_of(key) == tenant:
                 self.index.remove(key)
                 count += self.stack.remove(key)
+        return count
+
+    def damaged(self, tenant: str, keys: Iterable[str]) -> int:
+        """A client found these altered in memory: there they are forgotten. A tier below verifies what it has by itself."""
+        count = 0
+        for key in keys:
+            if self._tenant_of(key) in (tenant, None):
+                count += self.slabs.remove(key)
+                if self.lower is None:
+                    self.index.remove(key)
         return count
 
     def restore(self, segments: Iterable[Segment]) -> int:
@@ -189,8 +199,10 @@ class Library:
         return slots, missing
 
     def _tenant_of(self, key: str) -> str | None:
-        """Of what is in memory; None for what is not, or is damaged."""
+        """None for what is not here, or is damaged."""
         record = self.slabs.record(key)
+        if record is None and self.lower is not None:
+            record = self.stack.get_records([key]).get(key)
         with suppress(Unreadable):
             return None if record is None else record.tenant
         return None

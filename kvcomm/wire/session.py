@@ -175,8 +175,8 @@ class Session:
             case p.Remove():
                 if request.damaged:
                     self._server.counters.damaged += len(request.keys)
-                gone = await self._maybe_slow(lambda: library.remove(self.tenant, request.keys))
-                return {"removed": gone}
+                forget = library.damaged if request.damaged else library.remove
+                return {"removed": await self._maybe_slow(lambda: forget(self.tenant, request.keys))}
             case p.Land():
                 self._flights.land(request.flight, self)
             case p.Awaited():

@@ -63,6 +63,7 @@ COMMANDS = (
     Command(("bench", "anchors"), "kvcomm.bench.anchors", "what match, estimate and apply cost beside dense prefill"),
     Command(("bench", "predictors"), "kvcomm.bench.fidelity.predictors", "which sign tells that reuse would change an answer"),
     Command(("bench", "pool"), "kvcomm.bench.pool", "search among 10,000 to 1,000,000 anchor tokens: time, recall, bytes"),
+    Command(("bench", "store"), "kvcomm.bench.store", "what the tiers cost beside a plain copy; lookups, many clients at once"),
     Command(("bench", "analyze"), "kvcomm.bench.analyze", "how fast traces are analyzed, and in how much memory"),
     Command(("replay",), "kvcomm.replay.command", "recorded calls served by a model under every policy, each beside dense"),
     Command(("vllm",), "kvcomm.connectors.serve", "vLLM's OpenAI server with the connector; other options are vLLM's", True),

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import islice
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from statistics import median
@@ -30,9 +31,8 @@ from kvcomm.store.disk import DiskStore
 from kvcomm.store.opening import open_store
 from kvcomm.store.record import Record
 from kvcomm.store.records import RecordStore
-from kvcomm.wire import protocol
 from kvcomm.wire.client import ServerStore
-from kvcomm.wire.local import serving
+from kvcomm.wire.local import serving, small_segments
 
 __all__ = ["add_arguments", "measure", "run"]
 
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the benchmark and returns its JSON document."""
-    sizes, keys = _numbers("sizes", args.sizes), _numbers("keys", args.keys)
+    sizes, keys = _numbers("sizes", args.sizes, 1), _numbers("keys", args.keys, BATCH)
     for name in ("total", "lookups", "clients", "repetitions"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be at least 1")
@@ -171,7 +171,7 @@ def _lookups(path: Path, count: int, repetitions: int, *, quiet: bool) -> dict[s
     """Round trips for 64 keys, half of them there, with `count` objects in the server."""
     with serving(path, max(count * 4096 * 2, 64 * MIB), filled=count) as server:
         store = ServerStore(server, deadline_s=10.0)
-        there = [row[0] for row in store.call("", protocol.List(0, 1000))[0]["segments"]]
+        there = [segment.key for segment in islice(small_segments(count), 1000)]
         rng = np.random.default_rng(0)
         lookups, gets = [], []
         for _ in tqdm(range(repetitions), f"lookups among {count}", disable=quiet, leave=False):
@@ -239,13 +239,13 @@ def _client(server: str, keys: list[str], seconds: float, go: Event, results: An
 # -- the result ---------------------------------------------------------------------------------------------------------------
 
 
-def _numbers(name: str, text: str) -> list[int]:
+def _numbers(name: str, text: str, least: int) -> list[int]:
     try:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:
         raise InputError(f"--{name} is {text!r}; it is a list of numbers, for example 1,16") from None
-    if found[0] < 1:
-        raise InputError(f"--{name} holds {found[0]}; each must be at least 1")
+    if found[0] < least:
+        raise InputError(f"--{name} holds {found[0]}; each must be at least {least}")
     return found
 
 

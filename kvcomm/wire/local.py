@@ -9,20 +9,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvcomm.errors import KVCommError
+from kvcomm.segments import Segment
 from kvcomm.wire.address import Address
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-__all__ = ["serving"]
+    from kvcomm.wire.library import Library
+
+__all__ = ["serving", "small_segments"]
 
 READY_S = 600.0
 
 
 @contextmanager
 def serving(path: Path, limit_bytes: int, *, filled: int = 0) -> Iterator[str]:
-    """Its address. `filled`: so many small segments are in it from the start. Raises KVCommError where it does not start."""
+    """Its address. `filled`: so many `small_segments` are in it from the start. Raises KVCommError where it does not start."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(path, limit_bytes, filled, theirs), daemon=True)
@@ -72,16 +77,19 @@ async def _until_hung_up(path: Path, limit_bytes: int, filled: int, parent: Conn
     await server.close()
 
 
-def _fill(library: Any, count: int) -> None:
-    """Records of 16 tokens, all different, each in a page of its own."""
-    import numpy as np
+def small_segments(count: int) -> Iterator[Segment]:
+    """16 tokens each, all different: what a server that is `filled` keeps."""
+    for row in np.random.default_rng(1).integers(0, 1 << 30, (count, 16)).astype(np.int32):
+        yield Segment(row, row[:0], "bench")
+
+
+def _fill(library: Library, count: int) -> None:
     import torch
 
-    from kvcomm.segments import Segment, SegmentKV
+    from kvcomm.segments import SegmentKV
     from kvcomm.store.record import Record
 
-    ids = np.random.default_rng(1).integers(0, 1 << 30, (count, 16)).astype(np.int32)
     kv = SegmentKV((torch.zeros(1, 16, 4),), (torch.zeros(1, 16, 4),), 0, 16)
-    for row in ids:
-        kept = library.put("", Record.of(Segment(row, row[:0], "bench"), kv))
+    for segment in small_segments(count):
+        kept = library.put("", Record.of(segment, kv))
         assert kept, kept.reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import ipaddress
 import logging
 import os
@@ -12,10 +13,10 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from kvcomm.errors import InputError
 from kvcomm.report import document, dumps, write_json
@@ -23,6 +24,9 @@ from kvcomm.store.eviction import Quotas
 from kvcomm.store.opening import nbytes_of
 from kvcomm.wire.address import Address
 from kvcomm.wire.status import address_of, ask, lines
+
+if TYPE_CHECKING:
+    from kvcomm.wire.tiers import Tiers
 
 __all__ = ["add_arguments", "run"]
 
@@ -91,14 +95,12 @@ def _status(args: argparse.Namespace, address: Address) -> int:
 
 
 async def _serve(args: argparse.Namespace, addresses: Sequence[Address]) -> None:
-    ended, halted = _ended_by_signals(), threading.Event()
-    from kvcomm.wire.metrics import Responder
-    from kvcomm.wire.server import Server
-    from kvcomm.wire.tiers import Settings, Tiers
+    ended = _ended_by_signals()
+    with _alone_at(addresses[0]):
+        from kvcomm.wire.tiers import Settings, Tiers
 
-    tokens, tls = _tokens(args.token_file), _certificate(args)
-    tiers = Tiers.open(
-        Settings(
+        tokens, tls = _tokens(args.token_file), _certificate(args)
+        settings = Settings(
             nbytes_of(args.memory),
             args.disk,
             nbytes_of(args.disk_bytes),
@@ -107,8 +109,23 @@ async def _serve(args: argparse.Namespace, addresses: Sequence[Address]) -> None
             _quotas(args.quota),
             nbytes_of(args.anchors_bytes),
         )
-    )
-    server = Server(tiers.library, tokens, tiers.anchors)
+        metrics = None if args.metrics_port is None else (args.metrics_host, args.metrics_port)
+        await _run(
+            Tiers.open(settings), tokens, {address: tls if address.tls else None for address in addresses}, metrics, ended
+        )
+
+
+async def _run(
+    tiers: Tiers,
+    tokens: Mapping[str, str],
+    addresses: Mapping[Address, ssl.SSLContext | None],
+    metrics: tuple[str, int] | None,
+    ended: asyncio.Event,
+) -> None:
+    from kvcomm.wire.metrics import Responder
+    from kvcomm.wire.server import Server
+
+    server, halted = Server(tiers.library, tokens, tiers.anchors), threading.Event()
 
     async def status() -> dict[str, Any]:
         return server.status()
@@ -123,12 +140,12 @@ async def _serve(args: argparse.Namespace, addresses: Sequence[Address]) -> None
     responder, restoring = Responder(status), None
     try:
         said = []
-        for address in addresses:
-            await server.listen(address, tls if address.tls else None)
+        for address, tls in addresses.items():
+            await server.listen(address, tls)
             said.append(str(address))
-        if args.metrics_port is not None:
-            port = await responder.listen(args.metrics_host, args.metrics_port)
-            said.append(f"http://{args.metrics_host}:{port}/metrics")
+        if metrics is not None:
+            port = await responder.listen(*metrics)
+            said.append(f"http://{metrics[0]}:{port}/metrics")
         if tiers.disk is not None:
             restoring = asyncio.create_task(restore())
         log.info("listening at %s", ", ".join(said))
@@ -141,6 +158,25 @@ async def _serve(args: argparse.Namespace, addresses: Sequence[Address]) -> None
         if restoring is not None:
             await restoring
         await server.close()
+
+
+def _alone_at(address: Address) -> TextIO:
+    """A lock beside the socket, held until it is closed: of two servers that start at once at one place, one does. Raises
+    InputError for the other.
+    """
+    assert address.path is not None
+    lock = address.path.with_name(f"{address.path.name}.lock")
+    try:
+        lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "w")
+    except OSError as fault:
+        raise InputError(f"cannot listen at {address}: {fault}; choose another path with --socket") from fault
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as taken:
+        file.close()
+        raise InputError(f"{address} is another server's; stop it, or choose another path with --socket") from taken
+    return file
 
 
 def _ended_by_signals() -> asyncio.Event:

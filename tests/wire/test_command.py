@@ -162,7 +162,7 @@ def test_what_it_kept_is_there_again(start: Start, folder: Path, number: int) ->
     server.end(number)
     again = start("--disk", folder / "d")
     again.until("5 objects of the disk are known")
-    with closing(ServerStore(f"unix:{folder}/s", tenant="t")) as store:
+    with closing(ServerStore(f"unix:{folder}/s", tenant="t", deadline_s=30)) as store:
         assert [found(store, r) for r in records] == [r.data.tobytes() for r in records]
         look = store.index.look(records[3].segment.ids, fingerprint="f0", tenant="t")
         assert [m.segment.key for m in look.matches] == [records[3].key]
@@ -259,7 +259,7 @@ def redis_url(folder: Path) -> Iterator[str]:
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert any("Ready to accept connections" in line for line in process.stdout)
-        yield f"redis://127.0.0.1:{port}/0"
+        yield f"redis://127.0.0.1:{port}/0?deadline=30&timeout=30"
         process.kill()
 
 
@@ -269,11 +269,11 @@ def test_two_hosts_share_what_is_remote(start: Start, folder: Path, redis_url: s
     flags = [["--remote", redis_url, *(["--disk", folder / f"d{n}"] if disk else [])] for n in range(2)]
     first, second = (start(*flags[n], at=f"s{n}") for n in range(2))
     r = record(1, tenant="t", tokens=200)
-    with closing(ServerStore(f"unix:{folder}/s0", tenant="t", deadline_s=10)) as store:
+    with closing(ServerStore(f"unix:{folder}/s0", tenant="t", deadline_s=60)) as store:
         assert store.put_record(r)
 
     def seen(name: str) -> list[tuple[int, int, str]]:
-        with closing(ServerStore(f"unix:{folder}/{name}", tenant="t", deadline_s=10)) as store:
+        with closing(ServerStore(f"unix:{folder}/{name}", tenant="t", deadline_s=60)) as store:
             look = store.index.look(r.segment.ids, fingerprint="f0", tenant="t")
             assert found(store, r) == (r.data.tobytes() if look.matches else None)
             return [(m.start, m.end, m.segment.key) for m in look.matches]
@@ -368,6 +368,22 @@ def test_two_at_one_place(start: Start, folder: Path, capsys: pytest.CaptureFixt
         assert str(folder) in err
         assert err.count("\n") == 1
     assert ask(Address(path=folder / "s"))["connections"] == 1
+
+
+def test_two_that_start_at_once(folder: Path) -> None:
+    """One of them serves, the other one says why it does not."""
+    argv = [sys.executable, "-m", "kvcomm", "server", "--memory", "2M", "--socket", str(folder / "s")]
+    with ExitStack() as stack:
+        both = [stack.enter_context(subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)) for _ in range(2)]
+        for process in both:
+            stack.callback(process.kill)
+        first_words = [process.stderr.readline() for process in both if process.stderr is not None]
+        assert sorted("listening at" in words for words in first_words) == [False, True]
+        winner, loser = sorted(both, key=lambda process: "listening at" not in first_words[both.index(process)])
+        assert loser.wait(30) == 2
+        assert ask(Address(path=folder / "s"))["pid"] == winner.pid
+        winner.terminate()
+        assert winner.wait(30) == 0
 
 
 def test_the_documentation_names_every_flag(checkout: Path) -> None:

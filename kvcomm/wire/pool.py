@@ -72,7 +72,7 @@ class _Page:
             added = tuple((entry, document) for entry, document in reply["added"])
         except (KeyError, TypeError, ValueError) as fault:
             raise Unreachable("malformed", f"the server's answer says nothing of anchors ({fault!r})") from fault
-        sound = isinstance(version, int) and 0 <= version < 1 << 63 and isinstance(more, bool) and isinstance(snapshot, bool)
+        sound = type(version) is int and 0 <= version < 1 << 63 and isinstance(more, bool) and isinstance(snapshot, bool)
         texts, parts = all(isinstance(key, str) for key in (*keys, *removed)), chain.from_iterable(added)
         if not (sound and texts and all(isinstance(part, bytes) for part in parts)):
             raise Unreachable("malformed", "the server's answer has fields of other types")

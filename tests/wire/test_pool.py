@@ -488,6 +488,9 @@ def test_anchors_of_another_room_are_left_out() -> None:
     assert pool.sync("f", "v")
     assert keys(pool) == {make(1, tenant="t").key}
     assert pool.stats().faults == {"decode: CacheFault": 2}
+    direct.alter = lambda reply: reply.update(snapshot=False, removed=[make(1, tenant="t").key])
+    assert pool.sync("f", "v")
+    assert keys(pool) == {make(1, tenant="t").key}
 
 
 JUNK = st.recursive(

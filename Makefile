@@ -1,5 +1,6 @@
 # make demo    a five-agent team answers real tasks, dense beside shared
 # make test    the same, then every test; as root it installs the services that tests start, with apt-get, where they are missing
+# make fuzz    a million malformed frames for the server's protocol (two minutes)
 # make check   lint and types
 # make test-vllm   the connector and its clients on a real vLLM, in an environment of its own (.venv-vllm, 3.4 GB)
 #

@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvcomm import cli
+from kvcomm import cli, doctor
+from kvcomm._version import __version__
 from kvcomm.anchors.record import Entry, Layout, checksum
 from kvcomm.errors import KVCommError
 from kvcomm.segments import Segment, SegmentKV
@@ -410,6 +411,17 @@ def test_the_unit_is_one(checkout: Path) -> None:
             ["systemd-analyze", "verify", "--user", unit], capture_output=True, text=True, env=env, check=False
         )
         assert [line for line in done.stderr.splitlines() if "is not executable" not in line] == []
+
+
+def test_the_doctor_asks(start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVCOMM_SERVER", f"{folder}/s")
+    before = doctor.server()
+    assert (before.usable, "kvcomm server" in before.why) == (False, True)
+    start()
+    assert doctor.server() == doctor.Facility("server", usable=True, why=f"kvcomm {__version__} answers at unix:{folder}/s")
+    monkeypatch.setenv("KVCOMM_SERVER", "relative")
+    assert not doctor.server().usable
+    assert {name for name, _, _ in doctor.STORES} == {"memory", "disk", "redis", "mooncake"}
 
 
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,6 @@ class Counts:
                 raise Unreadable(OTHER_KEY, f"{record.segment.key} in place of {key}")
             if whole:
                 record.verify()
-                record.kv()
         except Unreadable as fault:
             self.fault(fault.reason)
             return False

@@ -89,13 +89,14 @@ class Corrector:
         CacheFault where a span's KV is not kept any more, and where what they say is not a number.
         """
         moved = [span for span in plan.spans if span.rung == "boundary"]
+        anchors = self.pool.match(who.agent, self.model.fingerprint, who.tenant)  # a shared pool follows others now
         estimates: list[Estimate] = []
         for span in moved:
             estimate = self._estimate(ids, span, who)
             if estimate is None:
                 return None
             estimates.append(estimate)
-        self.pool.use(anchor.key for anchor in self.pool.match(who.agent, self.model.fingerprint, who.tenant))
+        self.pool.use(anchor.key for anchor in anchors)
         return self._corrected(plan, moved, estimates)
 
     def learn(self, ids: Ids, lessons: Iterable[tuple[Span, SegmentKV]], who: Who) -> None:

@@ -25,7 +25,8 @@ from kvcomm.connectors.vllm import TESTED
 from kvcomm.errors import KVCommError
 from kvcomm.report import document, dumps, gib, write_json
 from kvcomm.tiny import FOLDER
-from kvcomm.wire.status import address_of, ask
+from kvcomm.wire.address import address_of
+from kvcomm.wire.status import ask
 
 __all__ = [
     "Facility",

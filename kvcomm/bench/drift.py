@@ -24,6 +24,7 @@ from kvcomm.backends.loading import load
 from kvcomm.config import Config
 from kvcomm.engine import KVComm, Output
 from kvcomm.errors import InputError
+from kvcomm.matching import TextIndex
 from kvcomm.page import render
 from kvcomm.plot import Canvas, scale_x, scale_y
 from kvcomm.report import document, dumps, write_json
@@ -132,6 +133,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if i % each == 0:
                 shared = arms["shared"]
                 shared.anchors.check_integrity()
+                assert isinstance(shared.index, TextIndex)
                 shared.index.check_integrity()
                 rows.append(_row(i, done, shared))
                 snapshot.save(shared.anchors, folder)

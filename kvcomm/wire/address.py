@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from kvcomm.errors import InputError
 
-__all__ = ["Address", "default_path"]
+__all__ = ["Address", "address_of", "default_path"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class Address:
             return f"unix:{self.path}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'tls' if self.tls else 'tcp'}://{host}:{self.port}"
+
+
+def address_of(text: str | None = None) -> Address:
+    """What was asked for, else KVCOMM_SERVER of the environment, else the user's own place. Raises InputError."""
+    text = text or os.environ.get("KVCOMM_SERVER")
+    return Address.parse(text) if text else Address(path=default_path())
 
 
 def default_path() -> Path:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ssl
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
 from time import monotonic
@@ -21,17 +21,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kvcomm.matching import Found, Match
-from kvcomm.segments import Ids, Segment, SegmentKV
+from kvcomm.segments import Segment, SegmentKV
 from kvcomm.store.base import Kept, StoreStats, check_kv
 from kvcomm.store.breaker import Breaker, Open
 from kvcomm.store.record import Bytes, Draft, Record, empty
 from kvcomm.store.records import Counts, RecordStore
 from kvcomm.wire import protocol as p
-from kvcomm.wire.address import Address, default_path
+from kvcomm.wire.address import Address, address_of
+from kvcomm.wire.index import ServerIndex
 from kvcomm.wire.transport import Answer, Connection, Holdings, Unreachable
 
-__all__ = ["ServerIndex", "ServerStore"]
+__all__ = ["ServerStore"]
 
 HELD = 256  # prompts whose finds are held; of more, those found first are let go
 CONNECTIONS = 64  # tenants with a connection of their own; the one not used for longest is closed
@@ -57,12 +57,11 @@ class ServerStore(RecordStore):
         wait_ms: float = 1000.0,
         reads_kv: bool = True,
     ) -> None:
-        """`reads_kv`: False for who finds text and leaves its KV to others, so that headers alone are verified. Raises
-        InputError for an address that is none; connects with the first call.
+        """`address`: None is that of KVCOMM_SERVER, else the user's own place. `reads_kv`: False for who finds text and leaves
+        its KV to others, so that headers alone are verified. Raises InputError for an address that is none; connects with the
+        first call.
         """
-        if address is None:
-            address = Address(path=default_path())
-        self.address = Address.parse(address) if isinstance(address, str) else address
+        self.address = address if isinstance(address, Address) else address_of(address)
         self.tenant, self.wait_ms, self._reads_kv = tenant, wait_ms, reads_kv
         self._options: Mapping[str, Any] = {"token": token, "tls": tls, "deadline_s": deadline_s, "holdings": Holdings()}
         self._connections: OrderedDict[str, Connection] = OrderedDict()  # by tenant
@@ -302,73 +301,3 @@ class ServerStore(RecordStore):
             raise Unreachable("breaker-open", f"{self.address} failed several times in a row; {wait}") from None
         if other is not None:
             raise other
-
-
-class ServerIndex:
-    """An `Index` of what the server keeps. Nothing is indexed here."""
-
-    def __init__(self, store: ServerStore) -> None:
-        self._store = store
-        self._added: OrderedDict[str, None] = OrderedDict()  # lately, by this process
-
-    def look(
-        self,
-        ids: Ids,
-        *,
-        fingerprint: str,
-        tenant: str = "",
-        same_tables: Callable[[int], bool] = lambda length: True,
-        ms_per_token: float | None = None,
-    ) -> Found:
-        """Waits for others who are computing the same text, if that is worth it. Raises CacheFault."""
-        sent = np.ascontiguousarray(ids, dtype="<i4").tobytes()
-        request = p.Find(fingerprint, sent, ms_per_token, self._store.wait_ms, lease=True)
-        reply, records = self._store.find(tenant, request)
-        matches: list[Match] = []
-        with self._store.understood():
-            for start, end, key, offset, exact in reply["matches"]:
-                record = records.get(key)
-                if record is None:
-                    continue
-                segment, done = record.segment, matches[-1].end if matches else 0
-                if not done <= start < end <= len(ids) or (segment.fingerprint, segment.tenant) != (fingerprint, tenant):
-                    raise ValueError(f"a match of {fingerprint!r} at {start} to {end}, behind one to {done}")
-                if offset < 0 or not np.array_equal(segment.ids[offset : offset + end - start], ids[start:end]):
-                    raise ValueError(f"other text at {start} to {end}")
-                exact = exact and same_tables(segment.length) and _stands_there(segment, ids, start, offset)
-                matches.append(Match(start, end, segment, offset, bool(exact)))
-            return Found(matches, dict(reply["declined"]), reply["waited_ms"], reply["flight"])
-
-    def add(self, segment: Segment) -> tuple[str, ...]:
-        """The server has indexed it, when it was put."""
-        self._added[segment.key] = None
-        while len(self._added) > 1 << 12:
-            self._added.popitem(last=False)
-        return ()
-
-    def remove(self, key: str) -> bool:
-        """What the store removes, the server's index forgets; here it is not known any more."""
-        self._store.let_go(key)
-        return self._added.pop(key, self) is not self
-
-    def land(self, flight: int, tenant: str = "") -> None:
-        """What a prompt computed is kept now, or never will be: nobody waits for it any more, and what it found is let go."""
-        self._store.drop(flight)
-        self._store.call(tenant, p.Land(flight))
-
-    def awaited(self, flight: int, tenant: str = "") -> bool:
-        """Does anybody wait for what this prompt computes?"""
-        return bool(self._store.call(tenant, p.Awaited(flight))[0]["awaited"])
-
-    def __contains__(self, key: object) -> bool:
-        """Was it put by this process lately, or found for a prompt that has not landed? Asks nobody."""
-        return key in self._added or (isinstance(key, str) and self._store.holds(key))
-
-
-def _stands_there(segment: Segment, ids: Ids, start: int, offset: int) -> bool:
-    """Does the run stand at its old place, behind the same tokens?"""
-    return (
-        segment.exact
-        and segment.start + offset == start
-        and np.array_equal(ids[:start], np.concatenate([segment.context, segment.ids[:offset]]))
-    )

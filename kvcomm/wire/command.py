@@ -16,14 +16,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from kvcomm.errors import InputError
 from kvcomm.report import document, dumps, write_json
 from kvcomm.store.eviction import Quotas
 from kvcomm.store.opening import nbytes_of
-from kvcomm.wire.address import Address
-from kvcomm.wire.status import address_of, ask, lines
+from kvcomm.wire.address import Address, address_of
+from kvcomm.wire.status import ask, lines
 
 if TYPE_CHECKING:
     from kvcomm.wire.tiers import Tiers
@@ -127,9 +127,6 @@ async def _run(
 
     server, halted = Server(tiers.library, tokens, tiers.anchors), threading.Event()
 
-    async def status() -> dict[str, Any]:
-        return server.status()
-
     async def restore() -> None:
         try:
             count = await server.run(lambda: tiers.restore(halted))
@@ -137,7 +134,7 @@ async def _run(
         except Exception:  # what is not known is computed
             log.exception("what the disk keeps is not known")
 
-    responder, restoring = Responder(status), None
+    responder, restoring = Responder(server.asked), None
     try:
         said = []
         for address, tls in addresses.items():

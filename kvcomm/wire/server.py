@@ -14,9 +14,9 @@ import socket
 import ssl
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import time
@@ -25,6 +25,7 @@ from uuid import uuid4
 
 from kvcomm._version import __version__
 from kvcomm.errors import InputError
+from kvcomm.store.base import StoreStats
 from kvcomm.wire.address import Address
 from kvcomm.wire.anchor_log import AnchorLog
 from kvcomm.wire.flights import Flights
@@ -71,9 +72,21 @@ class Server:
         self.started = time()
         self._threads = ThreadPoolExecutor(THREADS, "kvcomm-server")
         self._waiting = 0
+        self._bodies = 0  # bytes
         self._sessions: set[asyncio.Task[None]] = set()
         self._listeners: dict[str, asyncio.Server] = {}  # by address
         self._watchers: list[asyncio.Task[None]] = []
+
+    @contextmanager
+    def room_for(self, nbytes: int) -> Iterator[None]:
+        """Inside, a body of so many bytes is in memory. Raises ConnectionError where all of them exceed the store."""
+        if self._bodies + nbytes > self.most_body:
+            raise ConnectionError(f"{self._bodies} bytes of other records are being received")
+        self._bodies += nbytes
+        try:
+            yield
+        finally:
+            self._bodies -= nbytes
 
     @property
     def most_body(self) -> int:
@@ -112,9 +125,13 @@ class Server:
         finally:
             self._waiting -= 1
 
-    def status(self) -> dict[str, Any]:
-        """For `kvcomm server status` and the metrics."""
-        c = self.counters
+    async def asked(self) -> dict[str, Any]:
+        """`status`, without waiting in the loop for tiers that are elsewhere."""
+        return self.status(await self.run(self.library.stats))
+
+    def status(self, tiers: Mapping[str, StoreStats] | None = None) -> dict[str, Any]:
+        """For `kvcomm server status` and the metrics; `tiers`: where they have been asked already."""
+        c, tiers = self.counters, self.library.stats() if tiers is None else tiers
         return {
             "kvcomm": __version__,
             "pid": os.getpid(),
@@ -129,8 +146,9 @@ class Server:
             "counters": {**vars(c), "requests": dict(c.requests)},
             "tiers": {
                 name: {**vars(stats), "refused": dict(stats.refused), "faults": dict(stats.faults)}
-                for name, stats in self.library.stats().items()
+                for name, stats in tiers.items()
             },
+            "anchors": vars(self.anchors.stats()),
         }
 
     async def close(self) -> None:
@@ -153,6 +171,8 @@ class Server:
 
     async def _listen_at(self, path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.parent.stat().st_uid not in (os.getuid(), 0):
+            raise InputError(f"{path.parent} is another user's, who could serve in our place; choose another with --socket")
         if path.exists():
             with socket.socket(socket.AF_UNIX) as probe:
                 probe.settimeout(1.0)

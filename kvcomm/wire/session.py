@@ -187,7 +187,7 @@ class Session:
             case p.Anchors():
                 return self._server.anchors.since(self.tenant, request.fingerprint, request.version)
             case p.Stats():
-                return self._server.status()
+                return await self._server.asked()
             case p.List():
                 found = await self._server.run(lambda: library.segments(self.tenant))
                 return _listed(found[request.start : request.start + min(request.count, 1000)], len(found))
@@ -260,13 +260,13 @@ class Session:
 
     async def _put(self, request: p.Put, body: int) -> dict[str, Any]:
         try:
-            data = await self._body(body)
+            with self._server.room_for(body):
+                record = Record(await self._body(body))
+                if record.key != request.key:
+                    raise Refused(f"a record of {record.key} in place of {request.key}")
+                kept = await self._server.run(lambda: self._library.put(self.tenant, record))
         except (OSError, MemoryError) as fault:  # what follows is no frame
             raise ConnectionError("a body that cannot be read") from fault
-        record = Record(data)
-        if record.key != request.key:
-            raise Refused(f"a record of {record.key} in place of {request.key}")
-        kept = await self._server.run(lambda: self._library.put(self.tenant, record))
         return {"stored": kept.stored, "reason": kept.reason}
 
     async def _body(self, nbytes: int) -> Bytes:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from kvcomm.wire import protocol as p
-from kvcomm.wire.address import Address, default_path
+from kvcomm.wire.address import Address
 from kvcomm.wire.transport import Connection
 
-__all__ = ["address_of", "ask", "lines", "size"]
-
-
-def address_of(text: str | None = None) -> Address:
-    """What was asked for, else KVCOMM_SERVER of the environment, else the user's own place. Raises InputError."""
-    text = text or os.environ.get("KVCOMM_SERVER")
-    return Address.parse(text) if text else Address(path=default_path())
+__all__ = ["ask", "lines", "size"]
 
 
 def ask(address: Address, *, deadline_s: float = 5.0) -> dict[str, Any]:

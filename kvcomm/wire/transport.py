@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+import struct
 from collections import deque
 from dataclasses import dataclass
 from threading import Lock
@@ -126,25 +127,22 @@ class Connection:
         if not self._lock.acquire(timeout=max(0.0, deadline - monotonic())):
             raise Unreachable("busy", f"other calls to {self.address} took the whole deadline")
         try:
-            connection = self._connected(deadline)
-            if epoch not in (None, self._epoch):
-                raise Unreachable(MADE_ANEW, f"{request.op} is meant for a server that was at {self.address} before")
-            self._send(connection, p.pack_request(request), body, deadline)
-            reply, data = self._receive(connection, deadline) if request.replied else ({}, None)
-            if reply.get("error") == "malformed":
-                raise p.Malformed(f"it is called malformed: {reply.get('text')}")
-            if request.replied:
-                self._replies += 1
-                self._told.clear()
-            answer = Answer(reply, data, self._window, self._epoch)
+            made_before = self._socket is not None
+            try:
+                answer = self._exchange(request, body, deadline, epoch)
+            except (ConnectionError, EOFError):  # the server may have been made anew since the last call
+                if not made_before:
+                    raise
+                self._lose()
+                answer = self._exchange(request, body, deadline, epoch)
         except (OSError, p.Malformed, EOFError, MemoryError) as fault:
             self._lose()
             kind = "deadline" if isinstance(fault, TimeoutError) else "unreachable"
             raise Unreachable(kind, f"{request.op} at {self.address}: {fault or type(fault).__name__}") from fault
         finally:
             self._lock.release()
-        if "error" in reply:
-            raise Unreachable(str(reply["error"]), f"{request.op} at {self.address}: {reply.get('text')}")
+        if "error" in answer.fields:
+            raise Unreachable(str(answer.fields["error"]), f"{request.op} at {self.address}: {answer.fields.get('text')}")
         return answer
 
     def let_go(self, epoch: str, number: int) -> None:
@@ -158,6 +156,19 @@ class Connection:
             self._drop()
 
     # -- with the lock ----------------------------------------------------------------------------------------------------
+
+    def _exchange(self, request: p.Request, body: Bytes | None, deadline: float, epoch: str | None) -> Answer:
+        connection = self._connected(deadline)
+        if epoch not in (None, self._epoch):
+            raise Unreachable(MADE_ANEW, f"{request.op} is meant for a server that was at {self.address} before")
+        self._send(connection, p.pack_request(request), body, deadline)
+        reply, data = self._receive(connection, deadline) if request.replied else ({}, None)
+        if reply.get("error") == "malformed":
+            raise p.Malformed(f"it is called malformed: {reply.get('text')}")
+        if request.replied:
+            self._replies += 1
+            self._told.clear()
+        return Answer(reply, data, self._window, self._epoch)
 
     def _connected(self, deadline: float) -> socket.socket:
         if self._pid != os.getpid():  # a fork: the parent's connection and leases are not ours
@@ -174,6 +185,7 @@ class Connection:
             try:
                 made.settimeout(_left(deadline))
                 made.connect(str(self.address.path))
+                _check_owner(made, self.address)
             except BaseException:
                 made.close()
                 raise
@@ -258,6 +270,14 @@ class Connection:
         if self._socket is not None:
             self._socket.close()
         self._socket = self._window = None
+
+
+def _check_owner(connection: socket.socket, address: Address) -> None:
+    """Raises InputError where another user serves at a socket: who can put a socket there could hand out any KV."""
+    if hasattr(socket, "SO_PEERCRED"):
+        _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+        if uid not in (os.getuid(), 0):
+            raise InputError(f"{address} is served by user {uid}; only this user's own server, or root's, is trusted")
 
 
 def _exactly(connection: socket.socket, count: int, deadline: float) -> Bytes:

@@ -32,10 +32,10 @@ from kvcomm.segments import Segment, SegmentKV
 from kvcomm.store.disk import DiskStore
 from kvcomm.store.record import Record
 from kvcomm.wire import protocol as p
-from kvcomm.wire.address import Address, default_path
+from kvcomm.wire.address import Address, address_of, default_path
 from kvcomm.wire.anchor_entry import pack_entry
 from kvcomm.wire.client import ServerStore
-from kvcomm.wire.status import address_of, ask
+from kvcomm.wire.status import ask
 from kvcomm.wire.transport import Unreachable
 
 

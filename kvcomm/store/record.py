@@ -9,7 +9,6 @@ byte is under a checksum (XXH3, 64 bits: against accidents, not against forgers)
 
 from __future__ import annotations
 
-import math
 import struct
 import warnings
 from dataclasses import dataclass
@@ -185,11 +184,12 @@ class Record:
         import torch
 
         _read_only_is_meant()
-        payload = self.data[self._start :]
+        places, payload = self.head["tensors"], self.data[self._start :]
+        whole = {name: torch.frombuffer(payload, dtype=_dtype(name)) for name in {name for name, _, _ in places}}
         tensors = []
-        for name, shape, offset in self.head["tensors"]:
-            count = math.prod(shape)
-            tensors.append(torch.frombuffer(payload, dtype=_dtype(name), count=count, offset=offset).view(shape))
+        for name, (heads, tokens, dim), offset in places:
+            strides, first = (tokens * dim, dim, 1), offset // _SIZES[name]
+            tensors.append(whole[name].as_strided((heads, tokens, dim), strides, first))
         half = len(tensors) // 2
         return SegmentKV(tuple(tensors[:half]), tuple(tensors[half:]), self.segment.start, self.head["kv_length"])
 
@@ -264,10 +264,11 @@ def _understood(header: bytes, payload: int) -> dict[str, Any]:
         head: dict[str, Any] = msgpack.unpackb(header)
         wrong = [name for name, kind in _TYPES.items() if not isinstance(head[name], kind)]
         tokens, end = len(head["ids"]) // 4, 0
-        for name, shape, offset in head["tensors"]:
-            sound = len(shape) == 3 and shape[1] == tokens and min(shape) > 0 and offset == end
-            wrong += [] if sound else [f"a tensor {shape} at {offset}"]
-            end += _aligned(math.prod(shape) * _SIZES[name])
+        for name, (heads, rows, dim), offset in head["tensors"]:
+            size = heads * rows * dim * _SIZES[name]
+            if type(size) is not int or rows != tokens or offset != end or heads < 1 or dim < 1:
+                wrong.append(f"a tensor [{heads}, {rows}, {dim}] at {offset}")
+            end += _aligned(size)
         length = len(head["context"]) // 4 + tokens
     except Exception as fault:  # whatever it is made of
         raise Unreadable(DAMAGED, f"its header is no header: {fault!r}") from fault

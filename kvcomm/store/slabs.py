@@ -172,6 +172,12 @@ class SlabStore(RecordStore):
             self._settle()
             self._unpin(generation)
 
+    def tenant_of(self, key: str) -> str | None:
+        """Whose it is, as was checked when it was committed; None for what is not here."""
+        with self._lock:
+            generation = self._kept.get(key)
+            return None if generation is None else self._objects[generation].tenant
+
     def record(self, key: str) -> Record | None:
         """The record as it lies, pinned while its array lives. Not verified, and no use."""
         with self._lock:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -199,13 +198,12 @@ class Library:
         return slots, missing
 
     def _tenant_of(self, key: str) -> str | None:
-        """None for what is not here, or is damaged."""
-        record = self.slabs.record(key)
-        if record is None and self.lower is not None:
+        """None for what is not here."""
+        tenant = self.slabs.tenant_of(key)
+        if tenant is None and self.lower is not None:
             record = self.stack.get_records([key]).get(key)
-        with suppress(Unreadable):
-            return None if record is None else record.tenant
-        return None
+            tenant = None if record is None else record.tenant
+        return tenant
 
     def _indexed(self, segment: Segment) -> str | None:
         """Makes its text known; why that cannot be."""

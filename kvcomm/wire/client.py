@@ -63,7 +63,8 @@ class ServerStore(RecordStore):
         """
         self.address = address if isinstance(address, Address) else address_of(address)
         self.tenant, self.wait_ms, self._reads_kv = tenant, wait_ms, reads_kv
-        self._options: Mapping[str, Any] = {"token": token, "tls": tls, "deadline_s": deadline_s, "holdings": Holdings()}
+        self._holdings = Holdings()
+        self._options: Mapping[str, Any] = {"token": token, "tls": tls, "deadline_s": deadline_s, "holdings": self._holdings}
         self._connections: OrderedDict[str, Connection] = OrderedDict()  # by tenant
         self._held: OrderedDict[int, dict[str, Record]] = OrderedDict()  # by flight: what was found for a prompt
         self._tenants: OrderedDict[str, str] = OrderedDict()  # key -> tenant, of what was found or put lately
@@ -138,6 +139,7 @@ class ServerStore(RecordStore):
             for connection in self._connections.values():
                 connection.close()
             self._connections.clear()
+            self._holdings.close()
 
     # -- for the index and the pool of anchors ----------------------------------------------------------------------------
 

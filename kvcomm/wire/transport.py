@@ -62,6 +62,11 @@ class Holdings:
                 self._epoch, self._window = epoch, Window(fd, capacity)
             return self._window
 
+    def forget(self) -> None:
+        """Nobody answers where that server was: its memory goes with the last connection and the last array that look at it."""
+        with self._lock:
+            self._window = None
+
     def close(self) -> None:
         """What was read stays readable."""
         if self._window is not None:
@@ -186,8 +191,10 @@ class Connection:
                 made.settimeout(_left(deadline))
                 made.connect(str(self.address.path))
                 _check_owner(made, self.address)
-            except BaseException:
+            except BaseException as fault:
                 made.close()
+                if isinstance(fault, ConnectionRefusedError | FileNotFoundError):
+                    self._holdings.forget()
                 raise
         else:
             made = socket.create_connection((self.address.host, self.address.port), _left(deadline))

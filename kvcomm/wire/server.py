@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import time
+from time import monotonic
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -69,7 +69,7 @@ class Server:
         self.flights, self.peers = Flights(), Peers(library.slabs, log.info)
         self.counters = ServerCounters()
         self.epoch = uuid4().hex  # leases and flights of another epoch mean nothing here
-        self.started = time()
+        self.started = monotonic()
         self._threads = ThreadPoolExecutor(THREADS, "kvcomm-server")
         self._waiting = 0
         self._bodies = 0  # bytes
@@ -136,7 +136,7 @@ class Server:
             "kvcomm": __version__,
             "pid": os.getpid(),
             "epoch": self.epoch,
-            "uptime_s": time() - self.started,
+            "uptime_s": monotonic() - self.started,
             "connections": len(self._sessions),
             "processes": len(self.peers),
             "leases": self.peers.leases,

@@ -101,7 +101,7 @@ class Connection:
         """Connects with the first call. `deadline_s`: for connecting, and for a call that does not say otherwise."""
         self.address, self.tenant, self.deadline_s = address, tenant, deadline_s
         self._token, self._tls, self._most_body = token, tls, most_body
-        self._holdings = Holdings() if holdings is None else holdings
+        self._holdings, self._alone = holdings or Holdings(), holdings is None
         self._socket: socket.socket | None = None
         self._window: Window | None = None
         self._epoch = ""  # of the server that the connection is to
@@ -159,6 +159,8 @@ class Connection:
     def close(self) -> None:
         with self._lock:
             self._drop()
+            if self._alone:
+                self._holdings.close()
 
     # -- with the lock ----------------------------------------------------------------------------------------------------
 

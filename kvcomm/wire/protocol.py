@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, get_type_hints
 
 import msgpack
@@ -265,7 +265,7 @@ def lengths(prefix: bytes, most: int = MAX_BODY) -> tuple[int, int]:
 
 def pack_request(request: Request) -> bytes:
     """A request's payload."""
-    packed: bytes = msgpack.packb({"op": request.op, **asdict(request)})
+    packed: bytes = msgpack.packb({"op": request.op, **vars(request)})
     return packed
 
 

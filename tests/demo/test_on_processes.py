@@ -37,6 +37,8 @@ from kvcomm.wire import protocol
 from kvcomm.wire.address import Address
 from kvcomm.wire.client import ServerStore
 
+pytestmark = pytest.mark.once
+
 TOKENIZER = tokenizer.build()
 SEED, AGENTS, DOCUMENTS, REQUESTS = 3, 3, 4, 3
 

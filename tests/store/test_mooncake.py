@@ -26,6 +26,8 @@ from kvcomm.store.mooncake import MooncakeStore
 from kvcomm.store.record import DAMAGED, Record
 from kvcomm.store.remote import FULL, PEER_LOST, RemoteFault
 
+pytestmark = pytest.mark.once
+
 if TYPE_CHECKING:
     from tests.services import MooncakeMaster
 

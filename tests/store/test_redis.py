@@ -24,6 +24,8 @@ from kvcomm.store.record import DAMAGED, OTHER_KEY, Record
 from kvcomm.store.redis import RedisStore
 from kvcomm.store.remote import FULL, INCOMPLETE, RemoteFault
 
+pytestmark = pytest.mark.once
+
 if TYPE_CHECKING:
     from tests.services import RedisServer
 

@@ -17,6 +17,8 @@ from kvcomm.wire.client import ServerStore
 from tests.wire import fuzz
 from tests.wire.conftest import equal, kv_of, segment
 
+pytestmark = pytest.mark.once
+
 FUZZ = [sys.executable, str(Path(fuzz.__file__))]
 MEMORY = 6 * p.MAX_PAYLOAD  # bytes that one frame may cost: received, copied, fed to the parser, and what is parsed
 

@@ -1,12 +1,13 @@
-"""A client of a server under test, in a process of its own. It works until its standard input ends, then prints what it saw.
+"""Clients of a server under test, in processes of their own: forked, as importing torch takes longer than what they are to do.
 
-    load.py raw|large|engine|writers SOCKET FOLDER NUMBER
+For every line `KIND SOCKET FOLDER NUMBER` of its standard input this script forks one, and says its process id; they end with
+it. One works until there is a file FOLDER/stop, then writes what it saw to FOLDER/seen-NUMBER.
 
 `raw` and `large` put and get records whose bytes follow from their number, so that every byte read can be checked;
 FOLDER/acks-* says which of them the server has confirmed. `engine` answers prompts that share documents with other engines:
 each answer is compared with what the model says without a cache or, where moved text was reused, with the same plan over the
 same KV kept here; FOLDER/truth has digests of all that any engine has put, FOLDER/stored the keys that were confirmed.
-`writers` forks a writer of large records for every line that it reads.
+`writer` writes large records until it is killed.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from __future__ import annotations
 import json
 import os
 import random
-import select
 import sys
-from collections import Counter, deque
+import traceback
+from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from time import monotonic
+from tempfile import TemporaryDirectory
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -40,7 +43,8 @@ from kvcomm.wire.transport import Unreachable
 
 KEPT = 150  # records that a raw client leaves at the server
 SPACE = 1 << 20  # numbers of records for each client
-SIZES = {"raw": (16, 16, 40, 300), "large": (1000, 4000), "writers": (8000,), "whole": (30_000,)}  # tokens of 2 KiB
+SIZES = {"raw": (16, 16, 40, 300), "large": (1000, 4000), "writer": (8000,), "whole": (30_000,)}  # tokens of 2 KiB
+WRITTEN = range(2 * SPACE, 2 * SPACE + 4)  # numbers of what writers write
 
 
 @dataclass
@@ -106,11 +110,6 @@ def stored(folder: Path) -> set[str]:
     return found
 
 
-def going_on() -> bool:
-    """Has our standard input not ended?"""
-    return not select.select([sys.stdin], [], [], 0)[0]
-
-
 def reason_of(fault: CacheFault) -> str:
     return str(getattr(fault, "reason", type(fault).__name__))
 
@@ -138,7 +137,7 @@ class Raw:
             self.seen.wrong.append(f"{work.__name__}: {fault}")
         except CacheFault as fault:
             self.seen.fault(reason_of(fault))
-            select.select([sys.stdin], [], [], 0.02)  # a client has something else to do than to ask again
+            sleep(0.02)  # a client has something else to do than to ask again
         except Exception as fault:  # noqa: BLE001  # whatever it is, it is what the test looks for
             self.seen.failed.append(f"{work.__name__}: {fault!r}")
         self.seen.requests += 1
@@ -212,6 +211,10 @@ class Watched(ServerStore):
         found = super().get_records(keys)
         self._compare(found)
         return found
+
+    def close(self) -> None:
+        self.records = {}
+        super().close()
 
     def sound(self, found: Record) -> bool:
         """Is it what somebody put under this key?"""
@@ -341,48 +344,54 @@ class Engine:
         return answer
 
 
-def writers(store: ServerStore, number: int) -> None:
-    """A fork for each line, which writes until it is killed; its process id is said."""
-    records = [record(number * SPACE * len(SIZES) + 2 * SPACE + i, "writers") for i in range(4)]
-    children = Counter[int]()
-    for _ in sys.stdin:
-        pid = os.fork()
-        if not pid:
-            _write_for_ever(store, records)
-        children[pid] += 1
-        print(pid, flush=True)
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+def client(kind: str, path: str, folder: Path, number: int) -> None:
+    """Until it is told to stop, or whoever has forked us has gone."""
+    parent, address = os.getppid(), f"unix:{path}"
+    if kind == "writer":
+        write(ServerStore(address), parent)
+        return
+    made = Engine(address, folder, number) if kind == "engine" else Raw(kind, ServerStore(address), folder, number)
+    made.step()
+    (folder / f"ready-{number}").touch()
+    while os.getppid() == parent and not (folder / "stop").exists():
+        made.step()
+    (folder / f"seen-{number}.new").write_text(json.dumps(asdict(made.seen)))
+    (folder / f"seen-{number}.new").rename(folder / f"seen-{number}")
 
 
-def _write_for_ever(store: ServerStore, records: list[Record]) -> None:
-    parent = os.getppid()
+def write(store: ServerStore, parent: int) -> None:
+    """The same four records for ever: puts each, reads it, and takes it away."""
+    records = [record(number, "writer") for number in WRITTEN]
     while os.getppid() == parent:
         for r in records:
-            try:
+            with suppress(Unreachable):
                 store.put_record(r)
+                found = store.get_records([r.key])
                 store.remove(r.key)
-            except Unreachable:
-                pass
-    os._exit(0)
+                del found
 
 
 def main() -> None:
-    kind, path, folder, number = sys.argv[1:]
-    address = f"unix:{path}"
-    if kind == "writers":
-        writers(ServerStore(address), int(number))
-        return
-    client: Raw | Engine = (
-        Engine(address, Path(folder), int(number))
-        if kind == "engine"
-        else Raw(kind, ServerStore(address), Path(folder), int(number))
-    )
-    client.step()
-    print("ready", flush=True)
-    while going_on():
-        client.step()
-    print(json.dumps(asdict(client.seen)), flush=True)
+    import torch
+
+    torch.set_num_threads(1)
+    for number in WRITTEN:
+        record(number, "writer")
+    with TemporaryDirectory() as folder:
+        Engine("unix:/nobody", Path(folder), 0).step()  # all that is imported for it
+    for line in sys.stdin:
+        kind, path, folder, number = line.split()
+        pid = os.fork()
+        if not pid:
+            log = os.open(Path(folder) / "clients", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            try:
+                client(kind, path, Path(folder), int(number))
+            except BaseException:  # noqa: BLE001  # the fork must never go on as its parent
+                traceback.print_exc()
+            os._exit(0)
+        print(pid, flush=True)
 
 
 if __name__ == "__main__":

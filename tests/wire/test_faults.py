@@ -44,6 +44,7 @@ KILLS = 50
 LONGEST = 8.0  # s: a prompt asks the server up to five times, each with a deadline of 1 s, and waits for others for 1 s at most
 
 Say = Callable[[str], None]
+Serve = Callable[..., "Served"]
 
 
 @pytest.fixture
@@ -146,27 +147,54 @@ class Served:
         return ServerStore(self.address, deadline_s=20.0)
 
 
+class Nursery:
+    """Forks clients, whose process ids stay theirs until it ends: it does not ask how they ended."""
+
+    def __init__(self, env: dict[str, str] | None = None) -> None:
+        argv = [sys.executable, load.__file__]
+        environment = {**os.environ, **(env or {})}
+        self._process = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            bufsize=1,
+            env=environment,
+        )
+
+    def fork(self, kind: str, served: Served, number: int) -> int:
+        """Its process id."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(f"{kind} {served.path} {served.folder} {number}\n")
+        return int(self._process.stdout.readline())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as made:
+        yield made
+
+
 class Load:
     """Client processes, each at work already. Ends them; `seen` has what they saw."""
 
-    def __init__(self, served: Served, kinds: Sequence[str], *, env: dict[str, str] | None = None) -> None:
+    def __init__(self, nursery: Nursery, served: Served, kinds: Sequence[str]) -> None:
         self.served, self.kinds, self.seen = served, kinds, list[Seen]()
-        self._log = served.folder / "clients"
-        self._env = {**os.environ, **(env or {})}
-        self._processes: list[subprocess.Popen[str]] = []
+        self._nursery, self._folder = nursery, served.folder
+        self._pids: list[int] = []
 
     def __enter__(self) -> Self:
         try:
-            for number, kind in enumerate(self.kinds):
-                argv = [sys.executable, load.__file__, kind, str(self.served.path), str(self.served.folder), str(number)]
-                with self._log.open("ab") as log:  # a pipe that nobody reads would hold up an engine that logs faults
-                    made = subprocess.Popen(
-                        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=self._env
-                    )
-                self._processes.append(made)
-            for made in self._processes:
-                assert made.stdout is not None
-                assert made.stdout.readline() == "ready\n", self._said()
+            self._pids = [self._nursery.fork(kind, self.served, number) for number, kind in enumerate(self.kinds)]
+            self._wait_for("ready")
         except BaseException:
             self.__exit__()
             raise
@@ -174,24 +202,29 @@ class Load:
 
     def finish(self) -> Seen:
         """The sum of what all of them saw."""
-        for made in self._processes:
-            assert made.stdin is not None
-            made.stdin.close()
-            made.stdin = None
-        for made in self._processes:
-            said, _ = made.communicate(timeout=60)
-            assert made.returncode == 0, self._said()
-            self.seen.append(Seen(**json.loads(said)))
+        (self._folder / "stop").touch()
+        self._wait_for("seen")
+        self.seen = [Seen(**json.loads((self._folder / f"seen-{n}").read_text())) for n in range(len(self.kinds))]
         return _sum(self.seen)
 
-    def _said(self) -> str:
-        return self._log.read_text(errors="replace")[-4000:]
+    def _wait_for(self, name: str) -> None:
+        paths = [self._folder / f"{name}-{number}" for number in range(len(self.kinds))]
+        until(lambda: all(path.exists() or dead(pid) for path, pid in zip(paths, self._pids, strict=True)), 60.0)
+        log = self._folder / "clients"
+        assert all(path.exists() for path in paths), log.read_text(errors="replace")[-4000:]
 
     def __exit__(self, *_: object) -> None:
-        for made in self._processes:
-            if made.poll() is None:
-                made.kill()
-            made.communicate()
+        for pid in self._pids:
+            os.kill(pid, signal.SIGKILL)
+        assert until(lambda: all(dead(pid) for pid in self._pids))
+
+
+def dead(pid: int) -> bool:
+    """Has it ended, whether or not somebody has asked how?"""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def _sum(parts: Sequence[Seen]) -> Seen:
@@ -271,7 +304,7 @@ def until(true: Callable[[], object], seconds: float = 20.0) -> bool:
 
 
 @contextmanager
-def nothing_left(folder: Path, say: Say) -> Iterator[Callable[..., Served]]:
+def nothing_left(folder: Path, say: Say) -> Iterator[Serve]:
     """Makes servers, and checks when all have gone that they have left nothing, neither in memory nor in `folder`."""
     names, shmem, alone = set(os.listdir("/dev/shm")), _shmem(), not _all_memory()
     made: list[Served] = []
@@ -317,7 +350,7 @@ def checked_disk(folder: Path) -> str:
 
 
 @pytest.fixture
-def serve(folder: Path, say: Say) -> Iterator[Callable[..., Served]]:
+def serve(folder: Path, say: Say) -> Iterator[Serve]:
     with nothing_left(folder, say) as made:
         yield made
 
@@ -349,7 +382,7 @@ def lost_by_engines(served: Served) -> list[str]:
 
 
 @pytest.mark.timeout(600)
-def test_killed_50_times_at_random_moments(folder: Path, serve: Callable[..., Served], say: Say) -> None:
+def test_killed_50_times_at_random_moments(folder: Path, serve: Serve, nursery: Nursery, say: Say) -> None:
     """kill -9: mostly of a server at work, each fifth time of one that starts. After each start a sample of what clients were
     told is kept is read; at the end, all of it.
     """
@@ -357,7 +390,7 @@ def test_killed_50_times_at_random_moments(folder: Path, serve: Callable[..., Se
     chance = random.Random(50)
     served.start()
     took, samples, early, began = list[float](), 0, 0, time.monotonic()
-    with Load(served, ("raw", "large", "engine", "engine")) as running:
+    with Load(nursery, served, ("raw", "large", "engine", "engine")) as running:
         served.kill()
         for kill in range(1, KILLS):
             started = time.monotonic()
@@ -396,11 +429,11 @@ def test_killed_50_times_at_random_moments(folder: Path, serve: Callable[..., Se
     assert status["tiers"]["disk"]["evicted"] == 0
 
 
-def test_socket_removed(folder: Path, serve: Callable[..., Served], say: Say) -> None:
+def test_socket_removed(folder: Path, serve: Serve, nursery: Nursery, say: Say) -> None:
     """It comes back; who is connected does not notice."""
     served = serve("--disk", folder / "d").start()
     away = list[float]()
-    with Load(served, ("raw", "raw", "engine", "engine")) as running:
+    with Load(nursery, served, ("raw", "raw", "engine", "engine")) as running:
         for _ in range(10):
             before = served.requests()
             served.path.unlink()
@@ -446,7 +479,7 @@ def no_room(served: Served, disk: Path, *, filesystem: bool) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("filesystem", [True, False], ids=["filesystem", "file"])
-def test_disk_full(filesystem: bool, folder: Path, serve: Callable[..., Served], say: Say) -> None:
+def test_disk_full(filesystem: bool, folder: Path, serve: Serve, nursery: Nursery, say: Say) -> None:
     """Clients go on with what memory has; it is counted, and what they put afterwards is on the disk again."""
     disk = folder / "d"
     with ExitStack() as stack:
@@ -454,7 +487,7 @@ def test_disk_full(filesystem: bool, folder: Path, serve: Callable[..., Served],
             say("no filesystem can be mounted here: a full disk is tried by the limit for one file alone")
         filesystem = filesystem and os.path.ismount(disk)
         served = serve("--memory", "512M", "--disk", disk, "--disk-bytes", "4G").start()  # all of it fits in memory
-        with Load(served, ("raw", "raw", "engine", "engine")) as running:
+        with Load(nursery, served, ("raw", "raw", "engine", "engine")) as running:
             for _ in range(3):
                 refused = served.status()["tiers"]["disk"]["refused"].get(DISK_FULL, 0)
                 with no_room(served, disk, filesystem=filesystem):
@@ -489,14 +522,14 @@ def full(served: Served) -> int:
 
 @pytest.mark.parametrize("kind", [RedisServer, MooncakeMaster], ids=["redis", "mooncake"])
 def test_a_service_below_stops_freezes_and_comes_back(
-    kind: type[RedisServer | MooncakeMaster], folder: Path, serve: Callable[..., Served], say: Say
+    kind: type[RedisServer | MooncakeMaster], folder: Path, serve: Serve, nursery: Nursery, say: Say
 ) -> None:
     """Killed and started anew, and stopped in the middle of what it does: prompts take no longer than their deadlines say."""
     with kind(folder) as service:
         options = "timeout=0.5&deadline=0.5" if kind is RedisServer else "timeout=0.5&deadline=0.5&segment=64M"
         served = serve("--memory", "8M", "--remote", f"{service.url}?{options}").start()
         children = children_of(served.pid)
-        with Load(served, ("raw", "raw", "engine", "engine")) as running:
+        with Load(nursery, served, ("raw", "raw", "engine", "engine")) as running:
             assert until(lambda: remote(served)["hits"] > 20, 60.0), served.status()
             for _ in range(2):
                 for stop, go_on in ((service.kill, service.start), (service.freeze, service.thaw)):
@@ -535,34 +568,27 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
-def test_clients_killed_while_they_write(folder: Path, serve: Callable[..., Served], say: Say) -> None:
+def test_clients_killed_while_they_write(folder: Path, serve: Serve, nursery: Nursery, say: Say) -> None:
     """What they had reserved and leased is given back, and nobody finds what they had not finished."""
     served = serve().start()
     chance = random.Random(3)
-    argv = [sys.executable, load.__file__, "writers", str(served.path), str(folder), "0"]
-    records = [record(number, "writers") for number in range(2 * load.SPACE, 2 * load.SPACE + 4)]
-    found = writing = 0
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as nursery:
-        assert nursery.stdin
-        assert nursery.stdout
-        with closing(served.store()) as store:
-            for _ in range(40):
-                nursery.stdin.write("\n")
-                victim = int(nursery.stdout.readline())
-                assert until(lambda: served.status()["reservations"]), "it does not write"
-                time.sleep(chance.uniform(0, 0.02))
-                os.kill(victim, signal.SIGKILL)
-                for r in records:
-                    got = store.get_records([r.key]).get(r.key)
-                    found += got is not None
-                    assert got is None or got.data.tobytes() == r.data.tobytes(), "half a record"
-                    del got
-                assert until(lambda: held(served) == (0, 0)), served.status()
-            assert store.stats().faults == {}
-            whole = record(2 * load.SPACE, "whole")
-            assert store.put_record(whole), "memory is missing"
-        nursery.stdin.close()
-        assert nursery.wait(30) == 0
+    records = [record(number, "writer") for number in load.WRITTEN]
+    found = 0
+    with closing(served.store()) as store:
+        for _ in range(40):
+            victim = nursery.fork("writer", served, 0)
+            assert until(lambda: served.status()["reservations"]), "it does not write"
+            time.sleep(chance.uniform(0, 0.01))
+            os.kill(victim, signal.SIGKILL)
+            for r in records:
+                got = store.get_records([r.key]).get(r.key)
+                found += got is not None
+                assert got is None or got.data.tobytes() == r.data.tobytes(), "half a record"
+                del got
+            store.has([records[0].key])  # tells as well that we need what we have read no more
+            assert until(lambda: held(served) == (0, 0)), served.status()
+        assert store.stats().faults == {}
+        assert store.put_record(record(load.WRITTEN.stop, "whole")), "memory is missing"
     given_back = re.findall(r"has gone: (\d+) leases, (\d+) reservations", served.said())
     writing = sum(int(reservations) for _, reservations in given_back)
     say(f"40 clients killed while they write, {writing} of them in the middle: {found} records found, each whole; none held")
@@ -586,13 +612,13 @@ time.time = jumping
 """
 
 
-def test_the_wall_clock_jumps(folder: Path, serve: Callable[..., Served], say: Say) -> None:
+def test_the_wall_clock_jumps(folder: Path, serve: Serve, nursery: Nursery, say: Say) -> None:
     """By a day, back and forth, each time that it is read: in the server, in its clients, and over a restart."""
     (folder / "clock").mkdir()
     (folder / "clock" / "sitecustomize.py").write_text(JUMPS)
     env = {"PYTHONPATH": os.pathsep.join([str(folder / "clock"), *filter(None, [os.environ.get("PYTHONPATH")])])}
     served = serve("--disk", folder / "d", env=env).start()
-    with Load(served, ("raw", "raw", "engine", "engine"), env=env) as running:
+    with Nursery(env) as late, Load(late, served, ("raw", "raw", "engine", "engine")) as running:
         assert until(lambda: served.requests() > 200)
         served.kill()
         served.start()
@@ -619,7 +645,7 @@ def crowd(served: Served, count: int) -> Iterator[list[Connection]]:
 
 
 @pytest.mark.parametrize("files", [True, False], ids=["open-files", "connections"])
-def test_more_connections_than_there_may_be(files: bool, folder: Path, serve: Callable[..., Served], say: Say) -> None:
+def test_more_connections_than_there_may_be(files: bool, folder: Path, serve: Serve, nursery: Nursery, say: Say) -> None:
     """Who has one goes on, who gets none goes on without; when the crowd has gone, all are served."""
     own, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -629,7 +655,8 @@ def test_more_connections_than_there_may_be(files: bool, folder: Path, serve: Ca
     resource.prlimit(served.pid, resource.RLIMIT_NOFILE, (allowed, most))
     refused = 0
     try:
-        with Load(served, ("raw", "engine")) as running:
+        with Load(nursery, served, ("raw", "engine")) as running:
+            assert served.requests(), "we are connected as well"
             with crowd(served, count) as connections:
                 for connection in connections:
                     try:
@@ -655,10 +682,10 @@ def test_more_connections_than_there_may_be(files: bool, folder: Path, serve: Ca
     assert late.seen.faults
 
 
-def test_a_client_that_reads_nothing(folder: Path, serve: Callable[..., Served], say: Say) -> None:
+def test_a_client_that_reads_nothing(folder: Path, serve: Serve, nursery: Nursery, say: Say) -> None:
     """It asks and asks; others are served meanwhile, and the server keeps no heap of replies for it."""
     served = serve().start()
-    with Load(served, ("raw", "engine")) as running, socket.socket(socket.AF_UNIX) as greedy:
+    with Load(nursery, served, ("raw", "engine")) as running, socket.socket(socket.AF_UNIX) as greedy:
         greedy.connect(str(served.path))
         greedy.sendall(p.frame(p.pack_request(p.Hello(p.VERSION, "", "", ""))))
         greedy.settimeout(0.5)
@@ -726,7 +753,7 @@ def impostor(path: Path, says: bytes) -> Iterator[None]:
             talks[0].join()
 
 
-def test_another_program_at_the_socket(folder: Path, serve: Callable[..., Served], say: Say) -> None:
+def test_another_program_at_the_socket(folder: Path, serve: Serve, nursery: Nursery, say: Say) -> None:
     """Whatever it says: a dense answer, counted; and when a server is there again, its KV."""
     served = serve("--disk", folder / "d").start()
     engine = Engine(f"unix:{served.path}", folder, 1)

@@ -89,6 +89,10 @@ def kind_of(number: int) -> str:
     return list(SIZES)[number // SPACE % len(SIZES)]
 
 
+def digest(record: Record) -> str:
+    return xxhash.xxh3_128_hexdigest(record.data.data)
+
+
 def acknowledged(folder: Path) -> dict[int, str]:
     """Number -> kind of every record that some client left at the server, and was told that it is kept."""
     found: dict[int, str] = {}
@@ -191,7 +195,7 @@ class Watched(ServerStore):
     def put(self, segment: Segment, kv: SegmentKV) -> Kept:
         made = Record.of(segment, kv)
         with (self._truth / made.key).open("a") as file:
-            file.write(f"{xxhash.xxh3_128_hexdigest(made.data)}\n")
+            file.write(f"{digest(made)}\n")
         kept = self.put_record(made)
         if kept:
             self._seen.put += 1
@@ -219,7 +223,7 @@ class Watched(ServerStore):
     def sound(self, found: Record) -> bool:
         """Is it what somebody put under this key?"""
         path = self._truth / found.key
-        return path.exists() and xxhash.xxh3_128_hexdigest(found.data) in path.read_text().split()
+        return path.exists() and digest(found) in path.read_text().split()
 
     def _say(self, line: str) -> None:
         with (self._truth.parent / "stored").open("a") as file:
@@ -284,7 +288,7 @@ class Engine:
         self._model: Any = tiny_random("llama")
         config = Config(anchors="off")
         self.comm = KVComm.from_model(self._model, config=config, store=self.store)
-        self._dense = self._model.generate
+        self._dense: Any = self._model.generate
         self._alone = MemoryStore(64 << 20)
         self._said = Said()
         setattr(self._alone, "index", self._said)  # noqa: B010  # a store that is shared brings its own
@@ -375,19 +379,19 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for number in WRITTEN:
-        record(number, "writer")
+    for written in WRITTEN:
+        record(written, "writer")
     with TemporaryDirectory() as folder:
         Engine("unix:/nobody", Path(folder), 0).step()  # all that is imported for it
     for line in sys.stdin:
-        kind, path, folder, number = line.split()
+        kind, path, place, number = line.split()
         pid = os.fork()
         if not pid:
-            log = os.open(Path(folder) / "clients", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            log = os.open(Path(place) / "clients", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             os.dup2(log, 1)
             os.dup2(log, 2)
             try:
-                client(kind, path, Path(folder), int(number))
+                client(kind, path, Path(place), int(number))
             except BaseException:  # noqa: BLE001  # the fork must never go on as its parent
                 traceback.print_exc()
             os._exit(0)

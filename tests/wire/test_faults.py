@@ -25,6 +25,7 @@ from typing import Any, Self
 import msgpack
 import pytest
 
+from kvcomm.errors import CacheFault
 from kvcomm.store.disk import DISK_FULL, DiskStore
 from kvcomm.wire import protocol as p
 from kvcomm.wire.address import Address
@@ -37,7 +38,10 @@ from tests.services import MooncakeMaster, RedisServer, Service, ended
 from tests.wire import load
 from tests.wire.load import Engine, Seen, Watched, acknowledged, record, stored
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes and their memory are looked at in /proc")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(sys.platform != "linux", reason="processes and their memory are looked at in /proc"),
+]
 
 MEMORY = 64 << 20
 KILLS = 50
@@ -254,6 +258,19 @@ def told(seen: Seen) -> str:
     )
 
 
+def check(seen: Seen) -> None:
+    """No request failed, and nothing wrong was served."""
+    assert not seen.failed, seen.failed[:3]
+    assert not seen.wrong, seen.wrong[:3]
+
+
+def hits(engine: Engine) -> bool:
+    """Does its next prompt find something?"""
+    before = engine.seen.hits
+    engine.step()
+    return engine.seen.hits > before
+
+
 def engines(running: Load) -> Seen:
     """What the engines alone saw."""
     return _sum([seen for seen, kind in zip(running.seen, running.kinds, strict=True) if kind == "engine"])
@@ -371,11 +388,13 @@ def read_back(served: Served, numbers: dict[int, str]) -> list[int]:
 
 def lost_by_engines(served: Served) -> list[str]:
     """Keys of what engines were told is kept, and the server does not find any more."""
-    keys = sorted(stored(served.folder))
+    lost = []
     with closing(Watched(f"unix:{served.path}", served.folder, Seen(), deadline_s=20.0)) as store:
-        found = store.get_records(keys)
-        assert all(store.sound(r) for r in found.values())
-    return [key for key in keys if key not in found]
+        for key in sorted(stored(served.folder)):  # one by one: all at once they need not fit in the server's memory
+            found = store.get_records([key])
+            lost += [] if key in found else [key]
+            assert all(store.sound(r) for r in found.values())
+    return lost
 
 
 # -- tests -----------------------------------------------------------------------------------------------------------------
@@ -418,15 +437,32 @@ def test_killed_50_times_at_random_moments(folder: Path, serve: Serve, nursery: 
     start = sorted(took)[len(took) // 2]
     say(
         f"{KILLS} kills in {lasted:.0f} s, {early} of them while it started, which takes {start:.2f} s: "
-        f"{told(seen)}; {samples} records read after starts, {len(known)} at the end, 0 lost"
+        f"{told(seen)}; {samples} records read after starts, {len(known) + len(stored(folder))} at the end, 0 lost"
     )
-    assert seen.failed == seen.wrong == []
+    check(seen)
     assert seen.missing == []
     assert engines_lost == []
     assert engines(running).exact
     assert engines(running).moved
     assert status["tiers"]["disk"]["faults"] == {}
     assert status["tiers"]["disk"]["evicted"] == 0
+
+
+def test_the_memory_of_a_killed_server_goes(folder: Path, serve: Serve) -> None:
+    """A client that lives on holds it no longer than it looks at it, or does not know yet."""
+    served = serve().start()
+    with closing(ServerStore(served.address)) as store:
+        r = record(0)
+        assert store.put_record(r)
+        found = store.get_records([r.key])[r.key]
+        served.kill()
+        assert _memory_of(os.getpid()) & served.inodes
+        with pytest.raises(CacheFault):
+            store.get_records([r.key])
+        assert found.data.tobytes() == r.data.tobytes()
+        del found
+        assert not _memory_of(os.getpid()) & served.inodes
+    served.start()
 
 
 def test_socket_removed(folder: Path, serve: Serve, nursery: Nursery, say: Say) -> None:
@@ -444,7 +480,8 @@ def test_socket_removed(folder: Path, serve: Serve, nursery: Nursery, say: Say) 
             assert until(lambda: served.requests() > before + 20)  # noqa: B023  # of this round
         seen = running.finish()
     say(f"socket removed {len(away)} times, away for {max(away):.2f} s at most: {told(seen)}")
-    assert seen.failed == seen.wrong == seen.missing == []
+    check(seen)
+    assert seen.missing == []
     assert seen.faults == {}, "all were connected already"
 
 
@@ -506,7 +543,8 @@ def test_disk_full(filesystem: bool, folder: Path, serve: Serve, nursery: Nurser
     refused = status["tiers"]["disk"]["refused"][DISK_FULL]
     say(f"disk full 3 times ({'a filesystem' if filesystem else 'a limit'}), {refused} writes refused: {told(seen)}")
     say(f"  {len(after)} records put afterwards, all there after a kill; {len(lost)} of before were in memory alone; {checked}")
-    assert seen.failed == seen.wrong == seen.missing == []
+    check(seen)
+    assert seen.missing == []
     assert seen.faults == {}
     assert after
     assert not after.keys() & set(lost)
@@ -538,14 +576,14 @@ def test_a_service_below_stops_freezes_and_comes_back(
                     assert until(lambda: failures(served) > faults + 3), served.status()  # noqa: B023  # of this round
                     assert until(lambda: served.requests() > held + 50), served.status()  # noqa: B023
                     go_on()
-                    hits = remote(served)["hits"]
-                    assert until(lambda: remote(served)["hits"] > hits, 60.0), served.status()  # noqa: B023
+                    found = remote(served)["hits"]
+                    assert until(lambda: remote(served)["hits"] > found, 60.0), served.status()  # noqa: B023
             seen = running.finish()
             status = served.status()
         served.end()
     assert until(lambda: all(ended(child) for child in children)), f"the server has left processes: {children}"
     say(f"{kind.__name__} killed twice and frozen twice: {told(seen)}; faults {status['tiers'][served_name(kind)]['faults']}")
-    assert seen.failed == seen.wrong == []
+    check(seen)
     assert engines(running).longest_s < LONGEST, engines(running).slowest
 
 
@@ -568,6 +606,27 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
+def test_the_server_freezes(folder: Path, serve: Serve, nursery: Nursery, say: Say) -> None:
+    """In the middle of what it does: every answer comes within the deadlines, and it is used again when it goes on."""
+    served = serve("--disk", folder / "d").start()
+    with Load(nursery, served, ("raw", "raw", "engine", "engine")) as running:
+        for _ in range(2):
+            held = served.requests()
+            assert until(lambda: served.requests() > held + 50)  # noqa: B023  # of this round
+            os.kill(served.pid, signal.SIGSTOP)
+            time.sleep(3.0)  # longer than any deadline
+            os.kill(served.pid, signal.SIGCONT)
+        held = served.requests()
+        assert until(lambda: served.requests() > held + 100)
+        seen = running.finish()
+    assert read_back(served, acknowledged(folder)) == []
+    say(f"the server frozen twice for 3 s: {told(seen)}")
+    check(seen)
+    assert seen.missing == []
+    assert seen.faults["deadline"]
+    assert engines(running).longest_s < LONGEST, engines(running).slowest
+
+
 def test_clients_killed_while_they_write(folder: Path, serve: Serve, nursery: Nursery, say: Say) -> None:
     """What they had reserved and leased is given back, and nobody finds what they had not finished."""
     served = serve().start()
@@ -578,7 +637,7 @@ def test_clients_killed_while_they_write(folder: Path, serve: Serve, nursery: Nu
         for _ in range(40):
             victim = nursery.fork("writer", served, 0)
             assert until(lambda: served.status()["reservations"]), "it does not write"
-            time.sleep(chance.uniform(0, 0.01))
+            time.sleep(chance.uniform(0, 0.005))
             os.kill(victim, signal.SIGKILL)
             for r in records:
                 got = store.get_records([r.key]).get(r.key)
@@ -592,7 +651,7 @@ def test_clients_killed_while_they_write(folder: Path, serve: Serve, nursery: Nu
     given_back = re.findall(r"has gone: (\d+) leases, (\d+) reservations", served.said())
     writing = sum(int(reservations) for _, reservations in given_back)
     say(f"40 clients killed while they write, {writing} of them in the middle: {found} records found, each whole; none held")
-    assert writing >= 5
+    assert writing
 
 
 def held(served: Served) -> tuple[int, int]:
@@ -629,7 +688,8 @@ def test_the_wall_clock_jumps(folder: Path, serve: Serve, nursery: Nursery, say:
     say(f"clock jumps: {told(seen)}")
     assert (folder / "clock" / "jumped").exists()
     assert 0 < uptime < 600
-    assert seen.failed == seen.wrong == seen.missing == []
+    check(seen)
+    assert seen.missing == []
     assert engines(running).longest_s < LONGEST
 
 
@@ -669,8 +729,7 @@ def test_more_connections_than_there_may_be(files: bool, folder: Path, serve: Se
                 held = served.requests()
                 assert until(lambda: served.requests() > held + 50)
             assert until(served.answers)
-            before = late.seen.hits
-            assert until(lambda: (late.step(), late.seen.hits > before)[1])
+            assert until(lambda: hits(late))
             late.store.close()
             seen = running.finish()
     finally:
@@ -678,7 +737,8 @@ def test_more_connections_than_there_may_be(files: bool, folder: Path, serve: Se
     seen = _sum([seen, late.seen])
     say(f"{count} connections more, {refused} of them refused: {told(seen)}")
     assert refused
-    assert seen.failed == seen.wrong == seen.missing == []
+    check(seen)
+    assert seen.missing == []
     assert late.seen.faults
 
 
@@ -699,7 +759,8 @@ def test_a_client_that_reads_nothing(folder: Path, serve: Serve, nursery: Nurser
         seen = running.finish()
     say(f"{asked} questions of which no answer is read, {grown >> 20} MiB for them and all else: {told(seen)}")
     assert asked > 1000
-    assert seen.failed == seen.wrong == seen.missing == []
+    check(seen)
+    assert seen.missing == []
     assert seen.faults == {}
 
 
@@ -766,18 +827,17 @@ def test_another_program_at_the_socket(folder: Path, serve: Serve, nursery: Nurs
         with impostor(served.path, says):
             other = Engine(f"unix:{served.path}", folder, 2)
             for e in (engine, other):
-                hits, faults = e.seen.hits, sum(e.seen.faults.values())
+                before, faults = e.seen.hits, sum(e.seen.faults.values())
                 for _ in range(4):
                     e.step()
-                assert e.seen.hits == hits, what
+                assert e.seen.hits == before, what
                 assert sum(e.seen.faults.values()) == faults + 4, what
             other.store.close()
-            assert other.seen.failed == other.seen.wrong == []
+            check(other.seen)
             engine.seen.took(other.seen.longest_s, what)
     served.start()
-    before = engine.seen.hits
-    assert until(lambda: (engine.step(), engine.seen.hits > before)[1])
+    assert until(lambda: hits(engine))
     engine.store.close()
     say(f"{len(RUBBISH)} kinds of rubbish in place of a server: {told(engine.seen)}")
-    assert engine.seen.failed == engine.seen.wrong == []
+    check(engine.seen)
     assert engine.seen.longest_s < LONGEST, engine.seen.slowest

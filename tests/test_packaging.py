@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import kvcomm
 
@@ -113,9 +114,8 @@ def test_constraints_pin_what_is_required(checkout: Path, setup_cfg: configparse
     assert all(pin.count("==") == 1 and "+" not in pin for pin in pins)
     names = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
     for text in (setup_cfg["options"]["install_requires"], setup_cfg["options.extras_require"]["test"]):
-        for requirement in lines(text):
-            name = requirement.split(">")[0].split("<")[0].split("[")[0].strip().lower()
-            assert name in names, f"{requirement} is not pinned"
+        for requirement in (line for line in lines(text) if not line.startswith("#")):
+            assert Requirement(requirement).name.lower() in names, f"{requirement} is not pinned"
 
 
 def test_licence_is_apache(checkout: Path) -> None:

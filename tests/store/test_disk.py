@@ -735,9 +735,9 @@ for line in sys.stdin:
     scenario, argument, folder = line.split(maxsplit=2)
     pid = os.fork()
     if not pid:
+        test_disk.say(f"pid {os.getpid()}")  # by the writer, so that it comes before all else that it says
         getattr(test_disk, scenario)(int(argument), Path(folder.strip()))
         os._exit(0)
-    test_disk.say(f"pid {pid}")
     test_disk.say(f"end {os.waitpid(pid, 0)[1]}")
 """
 

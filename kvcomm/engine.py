@@ -8,6 +8,7 @@ be, the fault is counted, and the report says why.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["KVComm", "Output", "Prompt", "Rule", "Who"]
 
 Prompt = str | Sequence[Mapping[str, str]]
+TELL_AGAIN = 10.0  # s between two warnings of one kind of fault
 WORTH_WAITING = 128  # tokens; who computes fewer is not asked to hand them over before the answer
 ROOM = 256  # new tokens that a cache has room for from the start; it grows
 NOBODY_KNOWS = "nobody knows who asks: acting() is open, and this thread was started without its context"
@@ -86,13 +88,14 @@ class KVComm:
         self.backend = backend
         self.config = config or Config.from_env()
         self.store: Store = MemoryStore(self.config.store_bytes) if store is None else store
-        self.index = self._index()
+        self.index: Any = self._index()  # an `Index`; which one, who looks into it knows
         self.anchors = empty_pool(self.config) if anchors is None else anchors
         self.counters = Counters()
         self.reports: deque[ReuseReport] = deque(maxlen=1000)
         self._learner = Learner(backend, self.store, self.index, self.config)
         self._corrector = Corrector(backend, self.store, self.anchors, self.config)
-        self._callers = Callers()
+        self._callers = Callers(getattr(self.store, "tenant", None) or "")  # the one that the store is bound to
+        self._told: dict[str, float] = {}  # kind of fault -> when it was last told
         self._ms_per_token: float | None = None  # of prefill, as measured lately
         self._own_generate: Callable[..., Any] | None = None  # the model's, while attach() has replaced it
         self._lock = threading.RLock()
@@ -210,7 +213,7 @@ class KVComm:
 
     @contextmanager
     def attach(
-        self, model: PreTrainedModel | None = None, *, agent: str = "", rule: Rule = "auto", tenant: str = ""
+        self, model: PreTrainedModel | None = None, *, agent: str = "", rule: Rule = "auto", tenant: str | None = None
     ) -> Iterator[KVComm]:
         """Within it, every `model.generate(...)`, whoever calls it, shares KV; on behalf of these, where `acting` says nothing
         else. Undone on exit, also after an exception.
@@ -225,7 +228,7 @@ class KVComm:
         def shared(*args: Any, **kwargs: Any) -> Any:
             return self._generate(original, self._callers.who(), *args, **kwargs)[0]
 
-        with self._callers.unless_said(Who(agent, rule, tenant)):
+        with self._callers.unless_said(self._callers.default.but(agent, rule, tenant)):
             own.generate, self._own_generate = shared, original  # an instance attribute hides the method until it is deleted
             try:
                 yield self
@@ -477,5 +480,10 @@ class KVComm:
         return TextIndex(min_run=config.min_run, max_windows=config.index_windows, variants=config.variants)
 
     def _count_fault(self, kind: str, fault: Exception | str) -> None:
+        """Counted each time, told once in a while: a store that is gone fails every request."""
         self.counters.fault(kind)
-        log.warning("a %s fault, counted: %s", kind, fault)
+        now = perf_counter()
+        level = logging.WARNING if now - self._told.get(kind, -math.inf) >= TELL_AGAIN else logging.DEBUG
+        if level == logging.WARNING:
+            self._told[kind] = now
+        log.log(level, "a %s fault, counted (%d so far): %s", kind, self.counters.value("faults", kind), fault)

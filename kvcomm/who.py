@@ -37,9 +37,10 @@ class Callers:
     inside `acting` has none, and cannot be told from a stranger's. So while somebody acts, threads without one are nobody.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tenant: str = "") -> None:
+        """`tenant`: on whose behalf calls are made that say nothing."""
         self._said: ContextVar[Who | None] = ContextVar("kvcomm_who", default=None)
-        self._default = Who()
+        self.default = Who(tenant=tenant)
         self._acting = 0  # open blocks, in all threads
         self._lock = Lock()
 
@@ -48,12 +49,12 @@ class Callers:
         said = self._said.get()
         if said is None and self._acting and None in (rule, tenant):
             return None
-        return (said or self._default).but(agent, rule, tenant)
+        return (said or self.default).but(agent, rule, tenant)
 
     @contextmanager
     def acting(self, agent: str | None, rule: Rule | None, tenant: str | None) -> Iterator[None]:
         """Inside, calls of this context are on behalf of these; what is not given is as it is outside."""
-        token = self._said.set((self._said.get() or self._default).but(agent, rule, tenant))
+        token = self._said.set((self._said.get() or self.default).but(agent, rule, tenant))
         with self._lock:
             self._acting += 1
         try:
@@ -66,8 +67,8 @@ class Callers:
     @contextmanager
     def unless_said(self, who: Who) -> Iterator[None]:
         """Inside, this is who calls where nothing else is said, in any thread."""
-        before, self._default = self._default, who
+        before, self.default = self.default, who
         try:
             yield
         finally:
-            self._default = before
+            self.default = before

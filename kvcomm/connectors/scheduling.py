@@ -86,7 +86,7 @@ class Desk:
             off = f"{ranks} ranks would choose different tokens"
         self._foresight = Foresight(settings.config, off)
         self._shared = shared
-        self.index = self._empty_index()
+        self.index: Any = self._empty_index()  # an `Index`; which one, who looks into it knows
         self.counters = Counters()
         self._ready: str | None = "the workers have not reported yet"  # why nothing is promised; None: all is well
         self._requests: dict[str, _Request] = {}

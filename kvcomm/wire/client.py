@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from kvcomm.errors import InputError
 from kvcomm.segments import Segment, SegmentKV
 from kvcomm.store.base import Kept, StoreStats, check_kv
 from kvcomm.store.breaker import Breaker, Open
@@ -61,6 +62,8 @@ class ServerStore(RecordStore):
         its KV to others, so that headers alone are verified. Raises InputError for an address that is none; connects with the
         first call.
         """
+        if not deadline_s > 0 or not wait_ms >= 0:
+            raise InputError(f"deadline_s is {deadline_s} and wait_ms {wait_ms}; they must be above 0, and at least 0")
         self.address = address if isinstance(address, Address) else address_of(address)
         self.tenant, self.wait_ms, self._reads_kv = tenant, wait_ms, reads_kv
         self._holdings = Holdings()
@@ -265,7 +268,9 @@ class ServerStore(RecordStore):
 
     def _connection(self, tenant: str) -> Connection:
         if self.tenant not in (None, tenant):
-            raise Unreachable("other-tenant", f"this store is tenant {self.tenant!r}'s; {tenant!r} asks")
+            raise Unreachable(
+                "other-tenant", f"this store is bound to {self.tenant!r}, and {tenant!r} asks; each needs its own"
+            )
         with self._lock:
             connection = self._connections.get(tenant)
             if connection is None:

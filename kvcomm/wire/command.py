@@ -18,19 +18,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from kvcomm.errors import InputError
+from kvcomm.errors import InputError, KVCommError
 from kvcomm.report import document, dumps, write_json
 from kvcomm.store.eviction import Quotas
 from kvcomm.store.opening import nbytes_of
 from kvcomm.wire.address import Address, address_of
 from kvcomm.wire.status import ask, lines
+from kvcomm.wire.transport import Unreachable
 
 if TYPE_CHECKING:
     from kvcomm.wire.tiers import Tiers
 
 __all__ = ["add_arguments", "run"]
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace, address: Address) -> int:
-    status = ask(address)
+    try:
+        status = ask(address)
+    except Unreachable as fault:
+        raise KVCommError(f"no server answers at {address} ({fault.reason}); start one: kvcomm server") from fault
     doc = document("kvcomm.server.status/1", address=str(address), **status)
     if args.output is not None:
         write_json(args.output / "server_status.json", doc)
@@ -162,6 +166,9 @@ def _alone_at(address: Address) -> TextIO:
     InputError for the other.
     """
     assert address.path is not None
+    from kvcomm.wire.server import check_place
+
+    check_place(address.path)
     lock = address.path.with_name(f"{address.path.name}.lock")
     try:
         lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -117,8 +117,9 @@ class SharedPool(AnchorPool):
         self._turn = RLock()  # held while the server is asked and its answer applied; taken before _writer
 
     @classmethod
-    def of(cls, server: Caller, config: Config) -> SharedPool:
-        """A replica as `config` bounds it."""
+    def of(cls, server: Caller, config: Config | None = None) -> SharedPool:
+        """A replica as `config` bounds it (None: as the environment says, like an engine's)."""
+        config = config or Config.from_env()
         return cls(server, config.anchor_bytes, config.anchors_per_slot, codec_of(config.anchor_codec))
 
     def add(self, anchor: Anchor) -> Admitted:

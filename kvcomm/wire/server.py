@@ -33,7 +33,7 @@ from kvcomm.wire.library import Library
 from kvcomm.wire.peers import Peers
 from kvcomm.wire.session import Refused, Session
 
-__all__ = ["Server", "ServerCounters"]
+__all__ = ["Server", "ServerCounters", "check_place"]
 
 THREADS = 4
 WAITING = 256  # calls that may wait for a thread; more are refused
@@ -66,7 +66,7 @@ class Server:
         """`anchors`: None keeps them as long as the server runs. Both belong to the server, which closes them."""
         self.library, self._tokens = library, dict(tokens or {})
         self.anchors = AnchorLog() if anchors is None else anchors
-        self.flights, self.peers = Flights(), Peers(library.slabs, log.info)
+        self.flights, self.peers = Flights(), Peers(library.slabs, log.debug)
         self.counters = ServerCounters()
         self.epoch = uuid4().hex  # leases and flights of another epoch mean nothing here
         self.started = monotonic()
@@ -113,7 +113,7 @@ class Server:
                 self._connected_by_tcp, address.host, address.port, ssl=tls, limit=LIMIT
             )
         except OSError as fault:
-            raise InputError(f"cannot listen at {address}: {fault.strerror}; choose another port") from fault
+            raise InputError(f"cannot listen at {address}: {fault.strerror}; choose another host or port") from fault
 
     async def run(self, work: Callable[[], T]) -> T:
         """In a thread. Raises Refused where too many wait for one."""
@@ -170,6 +170,7 @@ class Server:
     # -- listening --------------------------------------------------------------------------------------------------------
 
     async def _listen_at(self, path: Path) -> None:
+        check_place(path)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.parent.stat().st_uid not in (os.getuid(), 0):
             raise InputError(f"{path.parent} is another user's, who could serve in our place; choose another with --socket")
@@ -231,6 +232,12 @@ class Server:
                 await session.run()
         finally:
             self._sessions.discard(task)
+
+
+def check_place(path: Path) -> None:
+    """Raises InputError where something lies at a socket's path that is none, and is not ours to remove."""
+    if path.exists() and not path.is_socket():
+        raise InputError(f"{path} is there and is no socket; choose another path with --socket")
 
 
 def _credentials(writer: asyncio.StreamWriter) -> bytes:

@@ -97,8 +97,11 @@ class Session:
         if hello.protocol != p.VERSION:
             reason = f"protocol {hello.protocol}; this server speaks {p.VERSION} (kvcomm {__version__})"
         elif self._peer is None and not self._server.knows(hello.tenant, hello.token):
-            reason = "the token is not this tenant's"
+            said = "the token is not that of" if hello.token else "no token came for"
+            reason = f"{said} tenant {hello.tenant!r}; say what the server's token file has for it"
         if reason is not None:
+            self._server.counters.refused += 1
+            log.warning("a client is refused: %s", reason)
             await self._last_words("refused", reason)
             return False
         self.tenant = hello.tenant

@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from kvcomm import KVComm
 from kvcomm.errors import CacheFault
 from kvcomm.matching import TextIndex
 from kvcomm.store.record import Record
+from kvcomm.testing import tiny_random
 from kvcomm.wire import protocol as p
 from kvcomm.wire.client import ServerStore
 from kvcomm.wire.transport import Unreachable
@@ -207,6 +210,24 @@ def test_what_a_client_looks_at_is_not_reused(start: Start) -> None:
     assert status(running)["tiers"]["memory"]["objects"] == 4
     running.server.library.slabs.check_integrity()
     store.close()
+
+
+def test_an_engine_asks_as_the_tenant_that_its_store_is_bound_to(start: Start) -> None:
+    """Without saying so in each call; another tenant's call shares nothing."""
+    running = start()
+    model: Any = tiny_random("llama")  # transformers leaves `generate` loosely typed
+    stores = [running.store(tenant="alice") for _ in range(2)]
+    first, second = (KVComm.from_model(model, store=store) for store in stores)
+    prompt = torch.arange(3, 103)[None]
+    for comm in (first, second):
+        with comm.attach(agent="a"):
+            model.generate(prompt, max_new_tokens=2, do_sample=False)
+    assert second.reports[-1].reused_tokens > 90
+    with second.acting(tenant="bob"), second.attach():
+        model.generate(prompt, max_new_tokens=2, do_sample=False)
+    assert "bound to 'alice', and 'bob' asks" in str(second.reports[-1].fallback)
+    for store in stores:
+        store.close()
 
 
 def test_a_lease_outlives_its_connection(start: Start) -> None:

@@ -150,10 +150,10 @@ def test_starts_answers_and_ends(start: Start, folder: Path, capsys: pytest.Capt
     assert cli.main(["server", "status", "--socket", f"{folder}/s"]) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith(f"kvcomm: Unreachable: unreachable: stats at unix:{folder}/s: ")
+    assert err == f"kvcomm: KVCommError: no server answers at unix:{folder}/s (unreachable); start one: kvcomm server\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_what_it_kept_is_there_again(start: Start, folder: Path, number: int) -> None:
     """After an orderly end and after a kill, on the same disk and socket; found by text as well, which is restored."""
     records = [record(n, tenant="t") for n in range(5)]
@@ -430,3 +430,12 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVCOMM_SERVER", "tls://host:99")
     assert address_of() == Address(host="host", port=99, tls=True)
     assert address_of("/run/x") == Address(path=Path("/run/x"))
+
+
+def test_a_file_at_the_sockets_place_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "notes.txt"
+    path.write_text("mine", encoding="utf-8")
+    assert cli.main(["server", "-q", "--socket", str(path)]) == 2
+    assert "is no socket; choose another path" in capsys.readouterr().err
+    assert path.read_text(encoding="utf-8") == "mine"
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]

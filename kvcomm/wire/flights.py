@@ -32,7 +32,7 @@ class _Flight:
     number: int
     owner: object
     since: float
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment, ...]  # that it computes; once it is indexed, those that no earlier one does
     landed: asyncio.Event = field(default_factory=asyncio.Event)
     awaited: int = 0
 
@@ -44,6 +44,7 @@ class Flights:
         self._least, self._clock = least, clock
         self._index = TextIndex(min_run=least, variants=64)
         self._flights: dict[int, _Flight] = {}
+        self._fresh: dict[int, _Flight] = {}  # not indexed: most have landed before anybody asks
         self._of: dict[str, _Flight] = {}  # by a segment's key
         self._numbers = 0
 
@@ -52,17 +53,13 @@ class Flights:
 
     def take_off(self, owner: object, ids: Ids, known: Sequence[Match], fingerprint: str, tenant: str) -> int:
         """A prompt is being served for `owner`; what `known` does not cover of it will be computed. Its flight's number."""
-        self._expire()
         self._numbers += 1
-        segments = []
-        for start, end in _gaps(len(ids), known, self._least):
-            segment = Segment(ids[start:end].copy(), ids[:start].copy(), fingerprint, tenant)
-            if segment.key not in self._of and segment.key not in self._index.add(segment):
-                segments.append(segment)
-        flight = _Flight(self._numbers, owner, self._clock(), tuple(segments))
-        self._flights[flight.number] = flight
-        self._of |= {segment.key: flight for segment in segments}
-        return flight.number
+        runs = tuple(
+            Segment(ids[start:end], ids[:start], fingerprint, tenant) for start, end in _gaps(len(ids), known, self._least)
+        )
+        self._flights[self._numbers] = _Flight(self._numbers, owner, self._clock(), runs)
+        self._fresh[self._numbers] = self._flights[self._numbers]
+        return self._numbers
 
     def ahead(
         self, owner: object, ids: Ids, known: Sequence[Match], fingerprint: str, tenant: str, before: int | None = None
@@ -70,9 +67,10 @@ class Flights:
         """The first flight of another owner that computes text of this prompt which `known` does not cover; of those that took
         off earlier than `before`, so that nobody waits in a circle. An owner cannot land while it waits.
         """
+        self._expire()
+        self._index_fresh()
         if not self._of:
             return None
-        self._expire()
         gaps = _gaps(len(ids), known, self._least)
         tokens: dict[int, int] = {}
         for match in self._index.find(ids, fingerprint=fingerprint, tenant=tenant):
@@ -113,8 +111,18 @@ class Flights:
         for flight in [f for f in self._flights.values() if f.owner is owner]:
             self._end(flight)
 
+    def _index_fresh(self) -> None:
+        for flight in self._fresh.values():
+            new = [s for s in flight.segments if s.key not in self._of and s.key not in self._index.add(s)]
+            flight.segments = tuple(new)
+            self._of |= {segment.key: flight for segment in new}
+        self._fresh.clear()
+
     def _end(self, flight: _Flight) -> None:
         del self._flights[flight.number]
+        if self._fresh.pop(flight.number, None) is not None:
+            flight.landed.set()
+            return
         for segment in flight.segments:
             self._index.remove(segment.key)
             self._of.pop(segment.key, None)

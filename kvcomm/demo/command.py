@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from kvcomm.agents.team import Generator, Team
@@ -79,9 +81,9 @@ def measure(args: argparse.Namespace, record: Recorder | None = None) -> dict[st
             calls = runner.run(
                 generators, teams, tasks, seed=args.seed, tick=bar.update, record=record, reader=apart.reader if apart else None
             )
-        tally = apart.tally() if apart else None
+        tally, threads = apart.tally() if apart else None, torch.get_num_threads()
     summary = summarise(calls)
-    return document(
+    doc = document(
         "kvcomm.demo/1",
         model=args.model if args.model != str(FOLDER) else "embedded",
         backend=args.backend,
@@ -94,6 +96,8 @@ def measure(args: argparse.Namespace, record: Recorder | None = None) -> dict[st
         workloads=summary,
         example=[c for c in calls if c.request == 0 and c.arm in ("dense", "shared", "processes")],
     )
+    doc["machine"]["torch_threads"] = threads  # as it ran
+    return doc
 
 
 @contextmanager
@@ -105,10 +109,21 @@ def _arms(args: argparse.Namespace, teams: Mapping[str, Team]) -> Iterator[Mappi
         return
     backend = load(args.model, dtype=dtype_named(args.dtype))
     if args.processes:
-        with on_processes.arms(backend, args.model, args.dtype, teams) as generators:
+        with _a_core_left(), on_processes.arms(backend, args.model, args.dtype, teams) as generators:
             yield generators
     else:
         yield runner.arms(backend)
+
+
+@contextmanager
+def _a_core_left() -> Iterator[None]:
+    """Inside, torch computes on all cores but one, in every arm: the server runs beside the agents."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(min(threads, (os.cpu_count() or 2) - 1), 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _warm_up(generators: Mapping[str, Generator], teams: dict[str, Team], task: Task) -> None:

@@ -13,6 +13,7 @@ import struct
 import warnings
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -58,9 +59,8 @@ class Draft:
     def __init__(self, segment: Segment, kv: SegmentKV) -> None:
         """`kv` has passed `check_kv`. Nothing is copied yet."""
         self.segment, self.key, self._tensors = segment, segment.key, (*kv.keys, *kv.values)
-        sizes = [_aligned(t.numel() * t.element_size()) for t in self._tensors]
-        self._payload = sum(sizes)
-        offsets = np.cumsum([0, *sizes[:-1]]).tolist()
+        self._payload = sum(_aligned(t.nbytes) for t in self._tensors)
+        kinds = groupby((_name(t), t.shape[0], t.shape[2]) for t in self._tensors)
         self._head: dict[str, Any] = {
             "key": segment.key,
             "fingerprint": segment.fingerprint,
@@ -73,7 +73,7 @@ class Draft:
             "ids": np.ascontiguousarray(segment.ids, dtype="<i4").tobytes(),
             "context": np.ascontiguousarray(segment.context, dtype="<i4").tobytes(),
             "kv_length": kv.length,
-            "tensors": [(_name(t), list(t.shape), o) for t, o in zip(self._tensors, offsets, strict=True)],  # o: in the payload
+            "runs": [(len(list(alike)), *kind) for kind, alike in kinds],  # of tensors: how many, dtype, heads, dim
             "digests": bytes(_DIGEST.size * -(-self._payload // BLOCK)),
         }
         self._start = _aligned(_START + len(msgpack.packb(self._head)))
@@ -84,11 +84,12 @@ class Draft:
         import torch
 
         assert target.nbytes == self.nbytes, f"{target.nbytes} bytes for a record of {self.nbytes}"
-        payload = target[self._start :]
-        for t, (_, shape, offset) in zip(self._tensors, self._head["tensors"], strict=True):
-            size = t.numel() * t.element_size()
-            torch.frombuffer(payload, dtype=t.dtype, count=t.numel(), offset=offset).view(shape).copy_(t.detach())
-            payload[offset + size : offset + _aligned(size)] = 0
+        payload, offset = target[self._start :], 0
+        for t in self._tensors:
+            torch.frombuffer(payload, dtype=t.dtype, count=t.numel(), offset=offset).view(t.shape).copy_(t.detach())
+            end = offset + _aligned(t.nbytes)
+            payload[offset + t.nbytes : end] = 0
+            offset = end
         header = msgpack.packb({**self._head, "digests": _digests(payload)})
         target[: self._start] = 0
         prefix = _PREFIX.pack(_MAGIC, VERSION, len(header), 0, self.nbytes)
@@ -184,22 +185,19 @@ class Record:
         import torch
 
         _read_only_is_meant()
-        places, payload = self.head["tensors"], self.data[self._start :]
-        whole = {name: torch.frombuffer(payload, dtype=_dtype(name)) for name in {name for name, _, _ in places}}
-        (name, (heads, tokens, dim), _), size = places[0], _SIZES[places[0][0]]
-        if all(place[:2] == places[0][:2] for place in places):  # as in most models: all at once, 20 us less
+        payload, tokens, offset = self.data[self._start :], len(self.head["ids"]) // 4, 0
+        tensors: list[Tensor] = []
+        for count, name, heads, dim in self.head["runs"]:
+            size = _SIZES[name]
             step = _aligned(heads * tokens * dim * size) // size
-            shape, strides = (len(places), heads, tokens, dim), (step, tokens * dim, dim, 1)
-            tensors = whole[name].as_strided(shape, strides, 0).unbind()
-        else:
-            tensors = tuple(
-                whole[name].as_strided((heads, tokens, dim), (tokens * dim, dim, 1), offset // _SIZES[name])
-                for name, (heads, tokens, dim), offset in places
-            )
+            shape, strides = (count, heads, tokens, dim), (step, tokens * dim, dim, 1)
+            whole = torch.frombuffer(payload, dtype=_dtype(name))
+            tensors += whole.as_strided(shape, strides, offset // size).unbind()  # in one step: a model has many layers
+            offset += count * step * size
         half = len(tensors) // 2
-        return SegmentKV(tensors[:half], tensors[half:], self.segment.start, self.head["kv_length"])
+        return SegmentKV(tuple(tensors[:half]), tuple(tensors[half:]), self.segment.start, self.head["kv_length"])
 
-    @property
+    @cached_property
     def _start(self) -> int:
         return _aligned(_START + _PREFIX.unpack(self.data[: _PREFIX.size].tobytes())[2])
 
@@ -259,7 +257,7 @@ _TYPES: dict[str, Any] = {
     "ids": bytes,
     "context": bytes,
     "kv_length": int,
-    "tensors": list,
+    "runs": list,
     "digests": bytes,
 }
 
@@ -269,17 +267,17 @@ def _understood(header: bytes, payload: int) -> dict[str, Any]:
     try:
         head: dict[str, Any] = msgpack.unpackb(header)
         wrong = [name for name, kind in _TYPES.items() if not isinstance(head[name], kind)]
-        tokens, end = len(head["ids"]) // 4, 0
-        for name, (heads, rows, dim), offset in head["tensors"]:
-            size = heads * rows * dim * _SIZES[name]
-            if type(size) is not int or rows != tokens or offset != end or heads < 1 or dim < 1:
-                wrong.append(f"a tensor [{heads}, {rows}, {dim}] at {offset}")
-            end += _aligned(size)
+        tokens, tensors, end = len(head["ids"]) // 4, 0, 0
+        for count, name, heads, dim in head["runs"]:
+            size = count * _aligned(heads * tokens * dim * _SIZES[name])
+            if type(size) is not int or min(count, heads, dim) < 1:
+                wrong.append(f"{count} tensors [{heads}, {tokens}, {dim}]")
+            tensors, end = tensors + count, end + size
         length = len(head["context"]) // 4 + tokens
     except Exception as fault:  # whatever it is made of
         raise Unreadable(DAMAGED, f"its header is no header: {fault!r}") from fault
     digests = _DIGEST.size * -(-payload // BLOCK)
-    odd = len(head["ids"]) % 4 or len(head["context"]) % 4 or len(head["tensors"]) % 2
+    odd = len(head["ids"]) % 4 or len(head["context"]) % 4 or tensors % 2
     if wrong or odd or not end or end != payload or len(head["digests"]) != digests or head["kv_length"] < length:
         raise Unreadable(DAMAGED, f"its header does not describe {payload} bytes of KV of {tokens} tokens ({', '.join(wrong)})")
     return head

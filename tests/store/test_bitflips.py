@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +113,10 @@ def test_a_sample_of_a_large_file(tmp_path: Path) -> None:
     assert store.put_record(record)
     start = record.nbytes - sum(-(-t.nbytes // 64) * 64 for t in (*kv.keys, *kv.values))
     edges = {0, 24, 32, start, record.nbytes, *range(start, record.nbytes, BLOCK)}
-    edges |= {start + offset for _, _, offset in record.head["tensors"]}
-    edges |= {
-        start + offset + t.nbytes for t, (_, _, offset) in zip((*kv.keys, *kv.values), record.head["tensors"], strict=True)
-    }
+    at = start
+    for t in (*kv.keys, *kv.values):
+        edges |= {at, at + t.nbytes}
+        at += -(-t.nbytes // 64) * 64
     places = {at for edge in edges for at in (edge - 1, edge) if 0 <= at < record.nbytes}
     places |= set(np.random.default_rng(0).integers(0, record.nbytes, 500).tolist())
     path = file_of(tmp_path, s.key)
@@ -158,10 +157,6 @@ SOUND = Record.of(S, KV)
 OTHER = Segment(S.ids, S.context, "model", "other tenant", "agent", length=2, cost_ms=3.5)
 
 
-def tensors(change: Callable[[str, list[int], int], tuple[object, ...]]) -> list[tuple[object, ...]]:
-    return [change(*place) for place in SOUND.head["tensors"]]
-
-
 IDENTITY: dict[str, tuple[bytes, str]] = {  # found by the header's own facts
     "fingerprint": (remade(SOUND, fingerprint="other model"), OTHER_KEY),
     "tenant": (remade(SOUND, tenant="other tenant"), OTHER_KEY),
@@ -177,30 +172,34 @@ IDENTITY: dict[str, tuple[bytes, str]] = {  # found by the header's own facts
     "ids and context": (remade(SOUND, ids=S.ids[1:].tobytes(), context=np.append(S.context, S.ids[:1]).tobytes()), DAMAGED),
     "version": (remade(SOUND, version=format_.VERSION + 1), OTHER_VERSION),
 }
+RUNS = SOUND.head["runs"]
+assert RUNS == [[4, "float32", 2, 16]]
 LAYOUT: dict[str, tuple[bytes, str]] = {  # found by the tensors' places
-    "float16": (remade(SOUND, tensors=tensors(lambda _, shape, at: ("float16", shape, at))), DAMAGED),
-    "float64": (remade(SOUND, tensors=tensors(lambda _, shape, at: ("float64", shape, at))), DAMAGED),
-    "no type": (remade(SOUND, tensors=tensors(lambda _, shape, at: ("nn", shape, at))), DAMAGED),
-    "integers": (remade(SOUND, tensors=tensors(lambda _, shape, at: ("int32", shape, at))), DAMAGED),
-    "a token less": (remade(SOUND, tensors=tensors(lambda t, shape, at: (t, [2, 4, 16], at))), DAMAGED),
-    "as many elements": (remade(SOUND, tensors=tensors(lambda t, shape, at: (t, [5, 2, 16], at))), DAMAGED),
-    "all in one place": (remade(SOUND, tensors=tensors(lambda t, shape, _: (t, shape, 0))), DAMAGED),
-    "behind the end": (remade(SOUND, tensors=tensors(lambda t, shape, at: (t, shape, at + 64))), DAMAGED),
-    "a layer less": (remade(SOUND, tensors=SOUND.head["tensors"][:2]), DAMAGED),
-    "no layers": (remade(SOUND, tensors=[]), DAMAGED),
-    "an odd number": (remade(SOUND, tensors=SOUND.head["tensors"][:3]), DAMAGED),
+    "float16": (remade(SOUND, runs=[[4, "float16", 2, 16]]), DAMAGED),
+    "float64": (remade(SOUND, runs=[[4, "float64", 2, 16]]), DAMAGED),
+    "no type": (remade(SOUND, runs=[[4, "nn", 2, 16]]), DAMAGED),
+    "integers": (remade(SOUND, runs=[[4, "int32", 2, 16]]), DAMAGED),
+    "a head less": (remade(SOUND, runs=[[4, "float32", 1, 16]]), DAMAGED),
+    "two channels less": (remade(SOUND, runs=[[4, "float32", 2, 14]]), DAMAGED),
+    "a layer less": (remade(SOUND, runs=[[2, "float32", 2, 16]]), DAMAGED),
+    "a layer more": (remade(SOUND, runs=[[6, "float32", 2, 16]]), DAMAGED),
+    "no layers": (remade(SOUND, runs=[]), DAMAGED),
+    "an odd number": (remade(SOUND, runs=[[3, "float32", 2, 16]]), DAMAGED),
+    "an odd number of as many bytes": (remade(SOUND, runs=[[1, "float32", 8, 16]]), DAMAGED),
     "shorter sequence": (remade(SOUND, kv_length=7), DAMAGED),
     "shorter payload": (remade(SOUND, payload=SOUND.data[SOUND._start : -64].tobytes()), DAMAGED),
     "longer payload": (remade(SOUND, payload=SOUND.data[SOUND._start :].tobytes() + bytes(64)), DAMAGED),
-    "tensors of another kind": (remade(SOUND, tensors=[1, 2]), DAMAGED),
-    "negative shape": (remade(SOUND, tensors=tensors(lambda t, shape, at: (t, [-2, 5, -16], at))), DAMAGED),
+    "runs of another kind": (remade(SOUND, runs=[1, 2]), DAMAGED),
+    "no whole number": (remade(SOUND, runs=[[4.0, "float32", 2, 16]]), DAMAGED),
+    "negative shape": (remade(SOUND, runs=[[-4, "float32", -2, 16]]), DAMAGED),
 }
 CONTENT: dict[str, tuple[bytes, str]] = {  # sound records of this key: found by what the journal says was put
-    "float16, of as many bytes": (remade(SOUND, tensors=tensors(lambda t, s, at: ("float16", [2, 5, 32], at))), ALTERED),
+    "float16, of as many bytes": (remade(SOUND, runs=[[4, "float16", 2, 32]]), ALTERED),
     "longer sequence": (remade(SOUND, kv_length=9), ALTERED),
     "other numbers": (remade(SOUND, payload=bytes(SOUND.nbytes - SOUND._start)), ALTERED),
     "producer": (remade(SOUND, producer="somebody"), ALTERED),
-    "other heads": (remade(SOUND, tensors=tensors(lambda t, s, at: (t, [4, 5, 8], at))), ALTERED),
+    "a channel less, of as many blocks": (remade(SOUND, runs=[[4, "float32", 2, 15]]), ALTERED),
+    "other heads": (remade(SOUND, runs=[[4, "float32", 4, 8]]), ALTERED),
 }
 FALSE = IDENTITY | LAYOUT | CONTENT
 

@@ -6,7 +6,7 @@ KVCommError
 |-- TurnFailed          an agent of a team could not answer; in kvcomm.agents.team, with the turns that were finished
 |-- ChildFailed         a process of the demo could not begin, or has died; in kvcomm.demo.on_processes
 |-- UnsupportedModel    the model's cache cannot be moved or read correctly; refused when it is loaded
-|-- Malformed           bytes that are no frame or no request; in kvcomm.wire.protocol: said to the other side, which is hung up on
+|-- Malformed           bytes that are no frame or no request; in kvcomm.wire.protocol: said, and then hung up on
 |-- Refused             a request that is understood and not served; in kvcomm.wire.session: said to the client
 `-- CacheFault          stored KV cannot be used (wrong fingerprint, NaN, truncated); never leaves the engine: the request is
     |                   answered densely and the fault is counted

@@ -140,6 +140,6 @@ class Peers:
     def _gone(self, peer: Peer) -> None:
         self._unwatch(peer)
         self._peers.pop(peer.pid, None)
-        if peer.leases or peer.reserved:
+        if peer.reserved:  # in the middle of a write; leases alone are nothing special
             self._log(f"process {peer.pid} has gone: {len(peer.leases)} leases, {len(peer.reserved)} reservations given back")
         self.release(peer, [*peer.leases, *peer.reserved])

@@ -66,7 +66,7 @@ class Server:
         """`anchors`: None keeps them as long as the server runs. Both belong to the server, which closes them."""
         self.library, self._tokens = library, dict(tokens or {})
         self.anchors = AnchorLog() if anchors is None else anchors
-        self.flights, self.peers = Flights(), Peers(library.slabs, log.debug)
+        self.flights, self.peers = Flights(), Peers(library.slabs, log.info)
         self.counters = ServerCounters()
         self.epoch = uuid4().hex  # leases and flights of another epoch mean nothing here
         self.started = monotonic()

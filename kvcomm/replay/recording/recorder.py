@@ -84,7 +84,8 @@ class Recorder:
     def _append(self, line: bytes, bare: bool) -> None:
         """In one call of the system where it can be. Raises OSError; a part that stays behind is cut off from the next line."""
         with self._lock:
-            rest = memoryview(b"\n" + line if self._broken else line)
+            part = self._broken or _ends_in_a_part(self._file)  # of ours, or of a writer that was killed in the middle
+            rest = memoryview(b"\n" + line if part else line)
             while rest:
                 done = os.write(self._file, rest)
                 rest, self._broken = rest[done:], True

@@ -82,6 +82,10 @@ class Tiered(RecordStore):
         below = self._down(record)
         return Kept(below.stored, self.lost(below.evicted), below.reason)
 
+    def is_below(self, key: str) -> bool:
+        """Has the back taken it, as far as is known without asking it, or is it queued for that?"""
+        return self._ledger.is_below(key) or self._queued(key) is not None
+
     def lost(self, keys: Iterable[str] = ()) -> tuple[str, ...]:
         """Of these keys, which the front evicted in a put past this store, and of those that left since the last call:
         what no tier keeps any more. Whoever indexes them must forget them.

@@ -122,6 +122,13 @@ class Library:
         self._forget(self._lost(reserved.evicted))
         return reserved
 
+    def settle(self, key: str) -> None:
+        """What is kept already, and another client puts again, is written down where it is not below, as after a full disk: who
+        is told that it is kept may count on that.
+        """
+        if isinstance(self.stack, Tiered) and not self.stack.is_below(key) and (record := self.slabs.record(key)) is not None:
+            self._forget(self.stack.write_down(record).evicted)
+
     def commit(self, tenant: str, key: str, generation: int) -> Kept:
         """A reserved record is written. May take as long as the tiers below take to write it."""
         kept = self.slabs.commit(generation)

@@ -168,7 +168,7 @@ class Session:
             case p.Has():
                 return {"keys": list(await self._maybe_slow(lambda: library.has(request.keys)))}
             case p.Reserve():
-                return self._reserve(request)
+                return await self._reserve(request)
             case p.Commit():
                 return await self._commit(request)
             case p.Put():
@@ -244,11 +244,13 @@ class Session:
         objects = [[s.key, s.offset, s.nbytes, number] for s, number in zip(slots, self._handed, strict=True)]
         return {**fields, "objects": objects}
 
-    def _reserve(self, request: p.Reserve) -> dict[str, Any]:
+    async def _reserve(self, request: p.Reserve) -> dict[str, Any]:
         if self._peer is None:
             raise Refused("only a process of this host can write to the server's memory; put the record instead")
         reserved = self._library.reserve(self.tenant, request.key, request.nbytes, request.cost_ms)
         if isinstance(reserved, Kept):
+            if reserved:
+                await self._maybe_slow(lambda: self._library.settle(request.key))
             return {"stored": reserved.stored, "reason": reserved.reason}
         number = self._server.peers.reserve(self._peer, reserved)
         self._handed = (number,)

@@ -1,4 +1,4 @@
-"""A server in a process of its own, for as long as a block runs: what the demo, the benchmarks and the tests use."""
+"""A server in a process of its own, for as long as a block runs: what the benchmarks use."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ import msgpack
 from kvcomm.errors import KVCommError
 
 __all__ = [
+    "FD",
     "MAX_BODY",
     "MAX_PAYLOAD",
     "PREFIX",
@@ -57,6 +58,7 @@ MAX_TOKENS = 1 << 21
 MAX_TEXT = 1 << 12  # characters of a name
 MAX_FIELDS = 16  # of a request
 PREFIX = struct.Struct("<2sBBIQ")
+FD = b"F"  # the byte that the descriptor of the server's memory comes with, in front of the first reply at a Unix socket
 _MAGIC = b"KV"
 _KEY = re.compile(r"[0-9a-f]{32}")
 

@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from kvcomm.wire.peers import Peer
     from kvcomm.wire.server import Server
 
-__all__ = ["FD", "Refused", "Session"]
+__all__ = ["Refused", "Session"]
 
-FD = b"F"  # the byte that the descriptor of the shared memory comes with
 CHUNK = 1 << 20  # bytes of a body that are read or written at a time
 PATIENCE = 30.0  # s for the rest of a frame, and for a client to read
 GREETING = 5.0  # s for a client to say hello
@@ -108,7 +107,7 @@ class Session:
         arena = self._library.slabs.arena
         if self._peer is not None:
             with self._writer.get_extra_info("socket").dup() as own:
-                socket.send_fds(own, [FD], [arena.fd])
+                socket.send_fds(own, [p.FD], [arena.fd])
         await self._reply(
             {
                 "protocol": p.VERSION,

@@ -25,7 +25,6 @@ from kvcomm.wire.address import Address
 
 __all__ = ["Answer", "Connection", "Holdings", "Unreachable"]
 
-FD = b"F"
 CHUNK = 1 << 20
 RELEASED = 1 << 12  # leases that one frame gives back
 MADE_ANEW = "made-anew"  # the server that a request is meant for is not there any more
@@ -218,7 +217,7 @@ class Connection:
         first = b""
         if self.shares_memory:
             first, fds, _, _ = socket.recv_fds(made, 1, 1)
-            if first == FD:
+            if first == p.FD:
                 first = b""
         try:
             reply, _ = self._receive(made, deadline, first)

@@ -403,7 +403,7 @@ class Attacker:
         made = self._connected()
         made.sendall(p.frame(p.pack_request(HELLO)))
         byte, fds, _, _ = socket.recv_fds(made, 1, 1)
-        assert (byte, len(fds)) == (session.FD, 1)
+        assert (byte, len(fds)) == (p.FD, 1)
         os.close(fds[0])
         assert _reply(made)["protocol"] == p.VERSION
         return made

@@ -30,8 +30,8 @@ from kvcomm.store.disk import DISK_FULL, DiskStore
 from kvcomm.wire import protocol as p
 from kvcomm.wire.address import Address
 from kvcomm.wire.client import ServerStore
+from kvcomm.wire.protocol import FD
 from kvcomm.wire.server import CONNECTIONS
-from kvcomm.wire.session import FD
 from kvcomm.wire.status import ask
 from kvcomm.wire.transport import Connection, Unreachable
 from tests.services import MooncakeMaster, RedisServer, Service, ended

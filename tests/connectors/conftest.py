@@ -223,13 +223,15 @@ class Engine:
     def plan(self, output: Any) -> Plan:
         return self.served[output.request_id]
 
-    def error(self, output: Any, plan: Plan | None = None, added: Mapping[int, PlainKV] | None = None) -> float:
+    def error(
+        self, output: Any, plan: Plan | None = None, added: Mapping[int, PlainKV] | None = None, greedy: bool = True
+    ) -> float:
         """Distance of an output from the oracle: the largest difference among the top-20 log-probabilities of its first token;
-        infinite where its greedy tokens differ.
+        infinite where its greedy tokens differ, unless `greedy` is false (where rounding decides between two near ones).
         """
         ours = list(output.outputs[0].token_ids)
         tokens, first = self.oracle.answer(output.prompt_token_ids, plan, len(ours), added)
-        if ours != tokens:
+        if greedy and ours != tokens:
             return float("inf")
         said = output.outputs[0].logprobs[0]
         return max(abs(first[token].item() - float(one.logprob)) for token, one in said.items())

@@ -173,13 +173,16 @@ def test_bounded_store(start_engine: Start, text: Text) -> None:
 
 
 def test_bf16(start_engine: Start, text: Text) -> None:
-    """In bf16 the oracle is only near: K/V of a moved prompt against float32, beside the engine's own dense error."""
+    """In bf16 the float32 oracle is only near, and rounding chooses between near tokens (4 % of answers, dense or not). Of 150
+    pairs of texts the worst distance was .13 (dense: .17), the least from what the prompt's own K/V answers .62.
+    """
     a, b = text(210), text(130)
     with running(start_engine(dtype="bfloat16")) as engine:
         engine.ask([*a, *b])
         moved, dense = engine.ask([*b, *a], text(300), new=1)
         assert engine.plan(moved).reused > 300
-        assert engine.error(moved, engine.plan(moved)) < max(0.15, 3 * engine.error(dense))
+        assert engine.error(moved, engine.plan(moved), greedy=False) < 0.35
+        assert engine.error(dense, greedy=False) < 0.35
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

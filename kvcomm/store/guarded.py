@@ -12,7 +12,7 @@ from typing import TypeVar
 from kvcomm.errors import InputError
 from kvcomm.segments import Segment
 from kvcomm.store.base import Kept, StoreStats
-from kvcomm.store.breaker import Breaker, Open
+from kvcomm.store.breaker import ENOUGH, Breaker, Open
 from kvcomm.store.deadline import Late, Workers
 from kvcomm.store.notices import check_names, check_notes
 from kvcomm.store.record import Record
@@ -55,7 +55,7 @@ class Guarded(RemoteStore):
         super().__init__()
         self.inner, self.deadline_s = inner, deadline_s
         vars(self)["name"] = inner.name  # of the class in other stores
-        self._breaker = breaker or Breaker(clock)
+        self._breaker = breaker or Breaker(clock, lost_s=ENOUGH * deadline_s)
         self._clock, self._speed = clock, Speed()
         self._workers = Workers(THREADS, f"kvcomm-{inner.name}")
         self._census = Census()  # when it was last known

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,10 @@ class Clock:
         return self.now
 
 
+def never_open() -> Breaker:
+    return Breaker(time.monotonic, after=1000, lost_s=1000)
+
+
 @pytest.fixture
 def service() -> Iterator[Service]:
     made = Service()
@@ -149,7 +154,7 @@ def test_nothing_is_asked_for_nothing(service: Service) -> None:
 
 def test_every_call_meets_its_deadline(service: Service, record: Made) -> None:
     a = record(0)
-    store = Guarded(service, deadline_s=0.02, breaker=Breaker(time.monotonic, after=1000))
+    store = Guarded(service, deadline_s=0.02, breaker=never_open())
     service.gate.clear()
     for call in calls(store, a):
         began = time.monotonic()
@@ -166,7 +171,7 @@ def test_every_call_meets_its_deadline(service: Service, record: Made) -> None:
 
 def test_hanging_calls_leave_others_waiting_and_are_bounded(service: Service, record: Made) -> None:
     a = record(0)
-    store = Guarded(service, deadline_s=0.02, breaker=Breaker(time.monotonic, after=1000))
+    store = Guarded(service, deadline_s=0.02, breaker=never_open())
     service.gate.clear()
     reasons = []
     for _ in range(THREADS + 3):
@@ -187,7 +192,7 @@ def test_large_puts_have_longer(service: Service, record: Made) -> None:
     """At 32 MiB/s: one MiB adds about 31 ms to a deadline of 1 ms."""
     a = record(0, tokens=1024, dim=32)
     assert a.nbytes > 1 << 20
-    store = Guarded(service, deadline_s=0.001, breaker=Breaker(time.monotonic, after=1000))
+    store = Guarded(service, deadline_s=0.001, breaker=never_open())
     service.gate.clear()
     began = time.monotonic()
     with pytest.raises(RemoteFault):
@@ -199,7 +204,7 @@ def test_large_puts_have_longer(service: Service, record: Made) -> None:
 
 @pytest.mark.parametrize("error", [OSError("gone"), ValueError("odd"), TimeoutError("its own"), KeyError(1), MemoryError()])
 def test_whatever_a_tier_raises_is_a_fault(service: Service, record: Made, error: Exception) -> None:
-    store = Guarded(service, breaker=Breaker(time.monotonic, after=1000))
+    store = Guarded(service, breaker=never_open())
     service.fault = error
     for call in calls(store, record(0)):
         with pytest.raises(RemoteFault, match=f"service: {UNEXPECTED}: {type(error).__name__}"):
@@ -252,6 +257,21 @@ def test_the_breaker_spares_the_service_and_the_caller(service: Service, clock: 
     store.close()
 
 
+def test_one_missed_deadline_opens_the_breaker(service: Service, record: Made) -> None:
+    """What hangs costs a request one deadline, not one for each of its calls."""
+    a = record(0)
+    store = Guarded(service, deadline_s=0.1)
+    service.gate.clear()
+    reasons = []
+    for call in calls(store, a):
+        with pytest.raises(RemoteFault) as caught:
+            call()
+        reasons.append(caught.value.reason)
+    assert reasons == [DEADLINE] + [BREAKER_OPEN] * 6
+    service.gate.set()
+    store.close()
+
+
 def test_stats_never_raise(service: Service, clock: Clock, record: Made) -> None:
     """Where the service cannot be asked, what it said last."""
     store = Guarded(service, clock=clock)
@@ -295,34 +315,39 @@ def test_unusable_deadline(service: Service) -> None:
             Guarded(service, deadline_s=seconds)
 
 
+Call = tuple[bool, float]  # does it succeed, and the seconds that it takes
+
+
 @settings(max_examples=300)
-@given(st.lists(st.one_of(st.booleans(), st.floats(0, 20)), max_size=60), st.integers(1, 4))
-def test_breaker_is_its_model(steps: list[bool | float], after: int) -> None:
+@given(st.lists(st.one_of(st.tuples(st.booleans(), st.sampled_from((0, 0.25, 2, 12))), st.floats(0, 20))), st.integers(1, 4))
+def test_breaker_is_its_model(steps: list[Call | float], after: int) -> None:
     """Successes, failures and time that passes, against a plain description in variables."""
     clock = Clock()
-    breaker = Breaker(clock, after=after, first_s=1.0, longest_s=8.0)
-    failures, until, wait = 0, 0.0, 1.0
+    breaker = Breaker(clock, after=after, lost_s=0.7, first_s=1.0, longest_s=8.0)
+    failures, until, wait = list[float](), 0.0, 1.0
     for step in steps:
-        if not isinstance(step, bool):
+        if not isinstance(step, tuple):
             clock.now += step
             continue
-        is_open = failures >= after
+        succeeds, took = step
+        is_open = len(failures) >= after or sum(failures) >= 0.7
         if is_open and clock.now < until:
             with pytest.raises(Open) as still, breaker.attempt():
                 pytest.fail("it was let through")
             assert still.value.seconds == pytest.approx(until - clock.now)
             continue
-        if step:
+        if succeeds:
             with breaker.attempt():
-                pass
-            failures, wait = 0, 1.0
+                clock.now += took
+            failures, wait = [], 1.0
         else:
-            with pytest.raises(ZeroDivisionError), breaker.attempt():
-                _ = 1 / 0
-            failures += 1
-            if failures >= after:
-                until, wait = clock.now + wait, min(2 * wait, 8.0)
-        assert breaker.closed == (failures < after)
+            with suppress(KeyError), breaker.attempt():
+                clock.now += took
+                raise KeyError
+            failures.append(took)
+            if len(failures) >= after or sum(failures) >= 0.7:
+                until, wait = clock.now + max(wait, took), min(2 * wait, 8.0)
+        assert breaker.closed == (len(failures) < after and sum(failures) < 0.7)
 
 
 def test_one_trial_at_a_time() -> None:
@@ -351,10 +376,12 @@ def test_calls_that_began_before_it_opened_change_nothing() -> None:
     assert still.value.seconds == 0.25
 
 
-@pytest.mark.parametrize(("after", "first_s", "longest_s"), [(0, 1, 2), (1, 0, 2), (1, 3, 2), (1, float("nan"), 2)])
-def test_unusable_breakers(after: int, first_s: float, longest_s: float) -> None:
+@pytest.mark.parametrize(
+    "given", [{"after": 0}, {"lost_s": 0}, {"lost_s": float("nan")}, {"first_s": 0}, {"first_s": 90}, {"first_s": float("nan")}]
+)
+def test_unusable_breakers(given: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="a breaker after"):
-        Breaker(Clock(), after=after, first_s=first_s, longest_s=longest_s)
+        Breaker(Clock(), **given)
 
 
 def test_workers_give_results_and_errors_back() -> None:

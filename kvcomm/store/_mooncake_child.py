@@ -16,7 +16,7 @@ import signal
 import socket
 import struct
 import sys
-import threading
+from contextlib import suppress
 from typing import Any
 
 GRACE_S = 3  # for giving back the segment, once nobody is left to ask
@@ -168,17 +168,25 @@ def send(sock: socket.socket, message: dict[str, Any], fd: int | None) -> None:
 
 
 def _end_with_parent(sock: socket.socket) -> None:
-    """Also while a call hangs: nobody is left to wait for it."""
+    """Also while a call hangs, holding the interpreter: a process of its own waits for either end, and kills what is left."""
+    client = os.pidfd_open(os.getpid())
+    if os.fork():
+        os.close(client)
+        return
     poll = select.poll()
+    poll.register(client, select.POLLIN)
     poll.register(sock, select.POLLHUP | select.POLLRDHUP)
     poll.poll()
-    threading.Event().wait(GRACE_S)
-    os._exit(1)
+    poll.unregister(sock)
+    if not poll.poll(GRACE_S * 1000):
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(client, signal.SIGKILL)
+    os._exit(0)
 
 
 def main() -> None:
     sock = socket.socket(fileno=int(sys.argv[1]))
-    threading.Thread(target=_end_with_parent, args=(sock,), daemon=True).start()
+    _end_with_parent(sock)
     requests = Requests()
     while (message := receive(sock)) is not None:
         request, fd = message

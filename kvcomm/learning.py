@@ -67,7 +67,7 @@ class Learner:
         """Computes a text and keeps tokens [first, n) of `ids` [1, n]; returns how many, 0 for what is kept already."""
         whole = ids[0].to("cpu", torch.int32).numpy()
         segment = replace(self._segment(whole[first:], whole[:first], producer, tenant, True, len(whole)), alone=True)
-        if segment.key in self.store and segment.key in self.index:
+        if segment.key in self.index and self.store.get(segment.key) is not None:
             return 0
         cache = self.backend.cache(len(whole))
         with self.backend.hooked():

@@ -21,6 +21,8 @@ from kvcomm.engine import KVComm, Output
 from kvcomm.errors import InputError
 from kvcomm.estimators import Estimate, Place
 from kvcomm.segments import Plan, SegmentKV, Span
+from kvcomm.store.slabs import SlabStore
+from kvcomm.store.tiered import Tiered
 from kvcomm.testing import tiny_random
 from kvcomm.tiny import tasks
 from kvcomm.tiny import tokenizer as tiny_tokenizer
@@ -97,6 +99,18 @@ def test_prefill_keeps_what_transformers_computes(comm: KVComm) -> None:
     assert kept is not None
     for a, b in zip((*kept.keys, *kept.values), (*expected.keys, *expected.values), strict=True):
         torch.testing.assert_close(a, b[:, 1:])
+
+
+def test_prefilled_text_that_left_the_front_tier_is_loaded_not_computed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    front = SlabStore(1 << 20)
+    comm = KVComm.from_model(model, tokenizer, store=Tiered(front, SlabStore(1 << 20)))
+    assert comm.prefill(CONTENT) > 0
+    (key,) = comm.index._records
+    front.remove(key)
+    assert comm.prefill(CONTENT) == 0
+    assert key in front
 
 
 def test_a_prompt_that_begins_with_prefilled_text_reuses_it_exactly(comm: KVComm) -> None:

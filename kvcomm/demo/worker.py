@@ -118,20 +118,12 @@ def _answered(comm: KVComm, ask: Ask) -> Answer | Failed:
 
 async def _serve(job: ServerJob, pipe: Connection) -> None:
     from kvcomm.store.slabs import SlabStore
-    from kvcomm.wire.address import Address
     from kvcomm.wire.library import Library
-    from kvcomm.wire.server import Server
+    from kvcomm.wire.local import until_hung_up
 
-    server = Server(Library(SlabStore(job.limit_bytes)))
     try:
-        await server.listen(Address(path=job.socket))
-        parent_gone = asyncio.Event()
-        asyncio.get_running_loop().add_reader(pipe.fileno(), parent_gone.set)  # nothing more is ever sent
-        pipe.send(Ready())
-        await parent_gone.wait()
-        asyncio.get_running_loop().remove_reader(pipe.fileno())
+        await until_hung_up(Library(SlabStore(job.limit_bytes)), job.socket, pipe, Ready())
     finally:
-        await server.close()
         with suppress(OSError):
             job.socket.parent.rmdir()  # left to us where the parent was killed
 

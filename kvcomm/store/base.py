@@ -68,7 +68,7 @@ class Store(Protocol):
         """Forget one object; False when it was not here. Not counted as evicted."""
 
     def __contains__(self, key: object) -> bool:
-        """Is something kept under `key`? Does not count as use."""
+        """Is something kept under `key`, so near that putting it again gains nothing? Does not count as use."""
 
     @property
     def nbytes(self) -> int:

@@ -189,6 +189,14 @@ class Tiered(RecordStore):
                 here |= tier.has(missing) or set()
         return here
 
+    def __contains__(self, key: object) -> bool:
+        """Is it in the front? What is below alone was perhaps too slow to load: it is put again by who computed it again."""
+        try:
+            return key in self.front
+        except CacheFault as fault:
+            self._above.fault(fault)
+            return False
+
     def remove(self, key: str) -> bool:
         """From all tiers; from one that fails it may not be gone."""
         gone = self._queue is not None and self._queue.discard(key)

@@ -1,8 +1,12 @@
-"""Where a server is: a Unix socket on this host, or host and port with TLS or, on a trusted network, without."""
+"""Where a server is: a Unix socket on this host, or host and port with TLS or, on a trusted network, without. And who is at the
+other end of a Unix socket.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
+import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +14,7 @@ from urllib.parse import urlsplit
 
 from kvcomm.errors import InputError
 
-__all__ = ["Address", "address_of", "default_path"]
+__all__ = ["Address", "address_of", "default_path", "is_trusted", "other_end"]
 
 
 @dataclass(frozen=True)
@@ -62,3 +66,14 @@ def default_path() -> Path:
     """The user's own place for the socket of this host's server."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(runtime) / "kvcomm.sock" if runtime else Path(tempfile.gettempdir()) / f"kvcomm-{os.getuid()}" / "server.sock"
+
+
+def other_end(connection: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end of a Unix socket; of who listens: when it began to."""
+    pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return pid, uid
+
+
+def is_trusted(uid: int) -> bool:
+    """Only with this user, or root, KV is shared over a socket: who could put a socket there could hand out any."""
+    return uid in (os.getuid(), 0)

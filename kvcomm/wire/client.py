@@ -24,12 +24,13 @@ import numpy as np
 from kvcomm.errors import InputError
 from kvcomm.segments import Segment, SegmentKV
 from kvcomm.store.base import Kept, StoreStats, check_kv
-from kvcomm.store.breaker import Breaker, Open
+from kvcomm.store.breaker import ENOUGH, Breaker, Open
 from kvcomm.store.record import Bytes, Draft, Record, empty
 from kvcomm.store.records import Counts, RecordStore
 from kvcomm.wire import protocol as p
 from kvcomm.wire.address import Address, address_of
 from kvcomm.wire.index import ServerIndex
+from kvcomm.wire.tokens import token_of
 from kvcomm.wire.transport import Answer, Connection, Holdings, Unreachable
 
 __all__ = ["ServerStore"]
@@ -52,27 +53,29 @@ class ServerStore(RecordStore):
         address: str | Address | None = None,
         *,
         tenant: str | None = None,
-        token: str = "",
+        token: str | Mapping[str, str] = "",
         tls: ssl.SSLContext | None = None,
         deadline_s: float = 1.0,
         wait_ms: float = 1000.0,
         reads_kv: bool = True,
     ) -> None:
-        """`address`: None is that of KVCOMM_SERVER, else the user's own place. `reads_kv`: False for who finds text and leaves
-        its KV to others, so that headers alone are verified. Raises InputError for an address that is none; connects with the
-        first call.
+        """`address`: None is that of KVCOMM_SERVER, else the user's own place. `token`: for TCP; of each tenant its own where
+        it is a mapping ("*": any other). `reads_kv`: False for who finds text and leaves its KV to others, so that headers
+        alone are verified. Raises InputError for an address that is none; connects with the first call.
         """
         if not deadline_s > 0 or not wait_ms >= 0:
             raise InputError(f"deadline_s is {deadline_s} and wait_ms {wait_ms}; they must be above 0, and at least 0")
         self.address = address if isinstance(address, Address) else address_of(address)
         self.tenant, self.wait_ms, self._reads_kv = tenant, wait_ms, reads_kv
         self._holdings = Holdings()
-        self._options: Mapping[str, Any] = {"token": token, "tls": tls, "deadline_s": deadline_s, "holdings": self._holdings}
+        self._tokens: Mapping[str, str] = {"*": token} if isinstance(token, str) else token
+        self._options: Mapping[str, Any] = {"tls": tls, "deadline_s": deadline_s, "holdings": self._holdings}
         self._connections: OrderedDict[str, Connection] = OrderedDict()  # by tenant
         self._held: OrderedDict[int, dict[str, Record]] = OrderedDict()  # by flight: what was found for a prompt
         self._tenants: OrderedDict[str, str] = OrderedDict()  # key -> tenant, of what was found or put lately
         self._counts = Counts()
-        self._breaker = Breaker(monotonic, first_s=0.1, longest_s=5.0)
+        self._breaker = Breaker(monotonic, lost_s=ENOUGH * deadline_s, first_s=0.1, longest_s=5.0)
+        self._closed = False
         self._lock = Lock()
         self.index = ServerIndex(self)
 
@@ -89,11 +92,7 @@ class ServerStore(RecordStore):
     def get_records(self, keys: Iterable[str]) -> dict[str, Record]:
         asked = list(dict.fromkeys(keys))
         found = {key: record for key in asked if (record := self._held_record(key)) is not None}
-        by_tenant: dict[str, list[str]] = {}
-        for key in asked:
-            if key not in found:
-                by_tenant.setdefault(self._tenant_of(key), []).append(key)
-        for tenant, wanted in by_tenant.items():
+        for tenant, wanted in self._by_tenant(key for key in asked if key not in found).items():
             connection = self._connection(tenant)
             with self._guarded():
                 answer = connection.ask(p.Get(wanted))
@@ -104,8 +103,8 @@ class ServerStore(RecordStore):
     def has(self, keys: Iterable[str]) -> set[str]:
         asked = set(keys)
         found = {key for key in asked if self._held_record(key) is not None}
-        if asked - found:
-            reply, _ = self.call(self.tenant or "", p.Has(sorted(asked - found)))
+        for tenant, wanted in self._by_tenant(asked - found).items():
+            reply, _ = self.call(tenant, p.Has(wanted))
             with self.understood():
                 found |= asked.intersection(reply["keys"])
         return found
@@ -137,7 +136,9 @@ class ServerStore(RecordStore):
                     record.verify(key)
 
     def close(self) -> None:
+        """Nothing is asked any more: every later call raises CacheFault. What was read stays readable."""
         with self._lock:
+            self._closed = True
             self._held.clear()
             for connection in self._connections.values():
                 connection.close()
@@ -272,9 +273,12 @@ class ServerStore(RecordStore):
                 "other-tenant", f"this store is bound to {self.tenant!r}, and {tenant!r} asks; each needs its own"
             )
         with self._lock:
+            if self._closed:
+                raise Unreachable("closed", f"this store of {self.address} was closed; make another one")
             connection = self._connections.get(tenant)
             if connection is None:
-                connection = self._connections[tenant] = Connection(self.address, tenant, **self._options)
+                token = token_of(self._tokens, tenant)
+                connection = self._connections[tenant] = Connection(self.address, tenant, token=token, **self._options)
             self._connections.move_to_end(tenant)
             if len(self._connections) > CONNECTIONS:
                 self._connections.popitem(last=False)[1].close()
@@ -282,6 +286,12 @@ class ServerStore(RecordStore):
 
     def _tenant_of(self, key: str) -> str:
         return self._tenants.get(key, self.tenant or "")
+
+    def _by_tenant(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        parts: dict[str, list[str]] = {}
+        for key in keys:
+            parts.setdefault(self._tenant_of(key), []).append(key)
+        return parts
 
     def _remember(self, keys: Iterable[str], tenant: str) -> None:
         for key in keys:

@@ -24,6 +24,7 @@ from kvcomm.store.eviction import Quotas
 from kvcomm.store.opening import nbytes_of
 from kvcomm.wire.address import Address, address_of
 from kvcomm.wire.status import ask, lines
+from kvcomm.wire.tokens import read_tokens
 from kvcomm.wire.transport import Unreachable
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hosts.add_argument(
         "--listen", action="append", default=[], metavar="ADDRESS", help="also listen at tls://host:port; may be repeated"
     )
-    hosts.add_argument("--token-file", type=Path, metavar="FILE", help="lines `tenant token`: what clients there must say")
+    hosts.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="lines `tenant token`: what clients there must say, and status says"
+    )
     hosts.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM")
     hosts.add_argument("--tls-key", type=Path, metavar="FILE", help="its key, where the certificate's file does not hold it")
     hosts.add_argument("--insecure", action="store_true", help="allow tcp:// for other hosts: KV and tokens in clear text")
@@ -88,9 +91,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace, address: Address) -> int:
     try:
-        status = ask(address)
+        status = ask(address, read_tokens(args.token_file))
     except Unreachable as fault:
-        raise KVCommError(f"no server answers at {address} ({fault.reason}); start one: kvcomm server") from fault
+        why = fault.__cause__ or fault.reason
+        raise KVCommError(f"no server answers at {address} ({why}); start one: kvcomm server") from fault
     doc = document("kvcomm.server.status/1", address=str(address), **status)
     if args.output is not None:
         write_json(args.output / "server_status.json", doc)
@@ -103,7 +107,7 @@ async def _serve(args: argparse.Namespace, addresses: Sequence[Address]) -> None
     with _alone_at(addresses[0]):
         from kvcomm.wire.tiers import Settings, Tiers
 
-        tokens, tls = _tokens(args.token_file), _certificate(args)
+        tokens, tls = read_tokens(args.token_file), _certificate(args)
         settings = Settings(
             nbytes_of(args.memory),
             args.disk,
@@ -222,21 +226,6 @@ def _quotas(given: Sequence[str]) -> Quotas:
             raise InputError(f"--quota is {text!r}; write TENANT=BYTES, for example alice=2G, or *=1G for each other one")
         quotas[tenant] = nbytes_of(nbytes)
     return Quotas(quotas.pop("*", None), quotas)
-
-
-def _tokens(path: Path | None) -> dict[str, str]:
-    """By tenant. Raises InputError for a file that holds none."""
-    if path is None:
-        return {}
-    try:
-        rows = [line.split() for line in path.read_text("utf-8").splitlines() if line.strip() and not line.startswith("#")]
-        if os.stat(path).st_mode & 0o077:
-            log.warning("%s can be read by other users; `chmod 600` it", path)
-    except (OSError, UnicodeDecodeError) as fault:
-        raise InputError(f"--token-file {path} cannot be read: {fault}") from fault
-    if not rows or any(len(row) != 2 for row in rows):
-        raise InputError(f"--token-file {path} must have lines `tenant token`, at least one; * as the tenant: any other one")
-    return dict(rows)
 
 
 def _certificate(args: argparse.Namespace) -> ssl.SSLContext | None:

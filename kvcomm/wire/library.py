@@ -113,8 +113,9 @@ class Library:
         for slot in slots:
             self.slabs.unpin(slot.generation)
 
-    def has(self, keys: Sequence[str]) -> set[str]:
-        return self.stack.has(keys)
+    def has(self, tenant: str, keys: Sequence[str]) -> set[str]:
+        """Those that the tenant has in memory: what is below alone was perhaps too slow to load, and is worth putting again."""
+        return {key for key in keys if self.slabs.tenant_of(key) == tenant}
 
     def reserve(self, tenant: str, key: str, nbytes: int, cost_ms: float | None) -> Slot | Kept:
         """Memory to write a record to; or what is to be said instead: it is kept already, or cannot be."""

@@ -1,4 +1,4 @@
-"""A server in a process of its own, for as long as a block runs: what the benchmarks use."""
+"""A server that ends with who started it: in a process of its own for as long as a block runs, or behind a pipe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from kvcomm.wire.library import Library
 
-__all__ = ["serving", "small_segments"]
+__all__ = ["serving", "small_segments", "until_hung_up"]
 
 READY_S = 600.0
 
@@ -50,31 +50,35 @@ def serving(path: Path, limit_bytes: int, *, filled: int = 0) -> Iterator[str]:
             process.join()
 
 
+async def until_hung_up(library: Library, path: Path, parent: Connection, ready: object) -> None:
+    """Serves what `library` keeps at `path`, and sends `ready`, until the pipe's other end is closed. Closes the library."""
+    from kvcomm.wire.server import Server
+
+    server, loop, hung_up = Server(library), asyncio.get_running_loop(), asyncio.Event()
+    try:
+        await server.listen(Address(path=path))
+        loop.add_reader(parent.fileno(), hung_up.set)  # nothing more is ever sent
+        parent.send(ready)
+        await hung_up.wait()
+        loop.remove_reader(parent.fileno())
+    finally:
+        await server.close()
+
+
 def _serve(path: Path, limit_bytes: int, filled: int, parent: Connection) -> None:
-    asyncio.run(_until_hung_up(path, limit_bytes, filled, parent))
-
-
-async def _until_hung_up(path: Path, limit_bytes: int, filled: int, parent: Connection) -> None:
     from kvcomm.matching import TextIndex
     from kvcomm.store.slabs import SlabStore
     from kvcomm.wire.library import Library
-    from kvcomm.wire.server import Server
 
     try:
         index = TextIndex(max_windows=max(1 << 20, 4 * filled), max_bytes=max(256 << 20, 256 * filled))
         library = Library(SlabStore(limit_bytes), index=index)
         if filled:
             _fill(library, filled)
-        server = Server(library)
-        await server.listen(Address(path=path))
+        asyncio.run(until_hung_up(library, path, parent, None))
     except Exception as fault:
         parent.send(repr(fault))
         raise
-    parent.send(None)
-    hung_up = asyncio.Event()
-    asyncio.get_running_loop().add_reader(parent.fileno(), hung_up.set)
-    await hung_up.wait()
-    await server.close()
 
 
 def small_segments(count: int) -> Iterator[Segment]:

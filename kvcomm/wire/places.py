@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -100,14 +100,14 @@ class FolderPlace:
 
 
 class ServerPlace:
-    """A server of this host, which shows one tenant's at a time and takes any tenant's. Every method raises CacheFault where it
-    does not answer.
+    """A server, which shows one tenant's at a time and takes any tenant's. Every method raises CacheFault where it does not
+    answer, InputError where it does not let us in.
     """
 
-    def __init__(self, address: Address, tenant: str | None = None) -> None:
-        """`tenant`: whose is listed and read; None: of the one without a name."""
-        self.tenant = tenant or ""
-        self.store = ServerStore(address, deadline_s=DEADLINE)
+    def __init__(self, address: Address, tenant: str | None = None, tokens: Mapping[str, str] | None = None) -> None:
+        """`tenant`: whose is listed and read; None: of the one without a name. `tokens`: by tenant, for a server elsewhere."""
+        self.tenant, self._tokens = tenant or "", tokens or {}
+        self.store = ServerStore(address, token=self._tokens, deadline_s=DEADLINE)
         self.faults: Counter[str] = Counter()
 
     def rows(self, wanted: Wanted) -> list[Row]:
@@ -122,7 +122,7 @@ class ServerPlace:
     def items(self, wanted: Wanted) -> Iterator[Item]:
         """Anchors of those models of which there is a record."""
         rows = self.rows(wanted)
-        reader = ServerStore(self.store.address, tenant=self.tenant, deadline_s=DEADLINE)
+        reader = ServerStore(self.store.address, tenant=self.tenant, token=self._tokens, deadline_s=DEADLINE)
         try:
             for row in rows:
                 yield from reader.get_records([row.key]).values()
@@ -139,6 +139,7 @@ class ServerPlace:
     def put(self, item: Item) -> str | None:
         if isinstance(item, PackedAnchor):
             return _said(self.store.call(item.told.tenant, p.AddAnchor(item.entry, item.document))[0])
+        self.store.belong([item.key], item.tenant)
         if item.key in self.store:
             return HERE
         return self.store.put_record(item).reason

@@ -120,7 +120,7 @@ class Get(Request):
 
 @dataclass(frozen=True)
 class Has(Request):
-    """Which of these are kept?"""
+    """Which of these are in memory?"""
 
     op: ClassVar[str] = "has"
     keys: list[str]

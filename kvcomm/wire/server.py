@@ -12,7 +12,6 @@ import logging
 import os
 import socket
 import ssl
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +25,13 @@ from uuid import uuid4
 from kvcomm._version import __version__
 from kvcomm.errors import InputError
 from kvcomm.store.base import StoreStats
-from kvcomm.wire.address import Address
+from kvcomm.wire.address import Address, is_trusted, other_end
 from kvcomm.wire.anchor_log import AnchorLog
 from kvcomm.wire.flights import Flights
 from kvcomm.wire.library import Library
 from kvcomm.wire.peers import Peers
 from kvcomm.wire.session import Refused, Session
+from kvcomm.wire.tokens import token_of
 
 __all__ = ["Server", "ServerCounters", "check_place"]
 
@@ -95,7 +95,7 @@ class Server:
 
     def knows(self, tenant: str, token: str) -> bool:
         """Is it the token of this tenant?"""
-        wanted = self._tokens.get(tenant, self._tokens.get("*", ""))
+        wanted = token_of(self._tokens, tenant)
         return bool(wanted) and hmac.compare_digest(wanted.encode(), token.encode())
 
     async def listen(self, address: Address, tls: ssl.SSLContext | None = None) -> None:
@@ -172,7 +172,7 @@ class Server:
     async def _listen_at(self, path: Path) -> None:
         check_place(path)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.parent.stat().st_uid not in (os.getuid(), 0):
+        if not is_trusted(path.parent.stat().st_uid):
             raise InputError(f"{path.parent} is another user's, who could serve in our place; choose another with --socket")
         if path.exists():
             with socket.socket(socket.AF_UNIX) as probe:
@@ -204,8 +204,8 @@ class Server:
                     await self._listen_at(path)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        pid, uid, _ = struct.unpack("3i", _credentials(writer))
-        if uid not in (os.getuid(), 0):
+        pid, uid = other_end(writer.get_extra_info("socket"))
+        if not is_trusted(uid):
             writer.close()
             return
         number = self.counters.connections
@@ -238,10 +238,3 @@ def check_place(path: Path) -> None:
     """Raises InputError where something lies at a socket's path that is none, and is not ours to remove."""
     if path.exists() and not path.is_socket():
         raise InputError(f"{path} is there and is no socket; choose another path with --socket")
-
-
-def _credentials(writer: asyncio.StreamWriter) -> bytes:
-    """pid, uid and gid of the process at the other end."""
-    raw = writer.get_extra_info("socket")
-    credentials: bytes = raw.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return credentials

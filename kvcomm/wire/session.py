@@ -165,7 +165,7 @@ class Session:
             case p.Get():
                 return self._leased({}, await self._maybe_slow(lambda: library.get(self.tenant, request.keys)))
             case p.Has():
-                return {"keys": list(await self._maybe_slow(lambda: library.has(request.keys)))}
+                return {"keys": list(library.has(self.tenant, request.keys))}
             case p.Reserve():
                 return await self._reserve(request)
             case p.Commit():

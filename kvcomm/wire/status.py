@@ -12,9 +12,12 @@ from kvcomm.wire.transport import Connection
 __all__ = ["ask", "lines", "size"]
 
 
-def ask(address: Address, *, deadline_s: float = 5.0) -> dict[str, Any]:
-    """`Server.status()` of the server at `address`. Raises Unreachable where none answers, InputError where it refuses us."""
-    connection = Connection(address, "", deadline_s=deadline_s)
+def ask(address: Address, tokens: Mapping[str, str] | None = None, *, deadline_s: float = 5.0) -> dict[str, Any]:
+    """`Server.status()` of the server at `address`, the same for every tenant: the first of `tokens` asks. Raises Unreachable
+    where none answers, InputError where it refuses us.
+    """
+    tenant, token = next(iter((tokens or {}).items()), ("", ""))
+    connection = Connection(address, tenant, token=token, deadline_s=deadline_s)
     try:
         return connection.call(p.Stats())[0]
     finally:

@@ -21,6 +21,7 @@ from kvcomm.wire.listing import HEAD, Wanted, summed
 from kvcomm.wire.moving import Moved, Source, move
 from kvcomm.wire.places import FolderPlace, ServerPlace
 from kvcomm.wire.status import size
+from kvcomm.wire.tokens import read_tokens
 
 __all__ = ["add_arguments", "run"]
 
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", type=Path, help="export to, import from: a folder, or a file that ends with .tar")
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--disk", type=Path, metavar="DIR", help="the folder of a server's disk tier")
-    place.add_argument("--socket", metavar="PATH", help="a running server: for ls, export and import")
+    place.add_argument("--socket", metavar="ADDRESS", help="a running server: for ls, export and import")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="lines `tenant token`, for a server on another host")
     parser.add_argument("--tenant", help="only this tenant's; with --socket: whose (default: of the one without a name)")
     parser.add_argument("--fingerprint", default="", metavar="HEX", help="only of models whose fingerprint begins like this")
 
@@ -114,7 +116,7 @@ def _export(args: argparse.Namespace) -> Result:
 
 def _import(args: argparse.Namespace) -> Result:
     with closing(FolderPlace(args.file) if args.file.is_dir() else TarSource(args.file)) as source:
-        target = ServerPlace(Address.parse(args.socket)) if args.disk is None else FolderPlace(args.disk, writable=True)
+        target = _server(args) if args.disk is None else FolderPlace(args.disk, writable=True)
         with closing(target):
             return _told(args, "from", _moved(args, source, target))
 
@@ -130,7 +132,11 @@ ACTIONS: Mapping[str, Callable[[argparse.Namespace], Result]] = {
 
 
 def _place(args: argparse.Namespace) -> FolderPlace | ServerPlace:
-    return FolderPlace(args.disk) if args.socket is None else ServerPlace(Address.parse(args.socket), args.tenant)
+    return FolderPlace(args.disk) if args.socket is None else _server(args)
+
+
+def _server(args: argparse.Namespace) -> ServerPlace:
+    return ServerPlace(Address.parse(args.socket), args.tenant, read_tokens(args.token_file))
 
 
 def _folder(args: argparse.Namespace) -> FolderPlace:

@@ -25,7 +25,7 @@ from kvcomm.wire.library import Library
 __all__ = ["ANCHORS", "Settings", "Tiers"]
 
 ANCHORS = "anchors"  # the folder of anchors, inside of the disk tier's
-LEAST = 1 << 20  # bytes of memory
+LEAST = 1 << 20  # bytes of memory, and of disk
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ class Settings:
         there = machine()["memory_bytes"]
         if self.memory < LEAST or (there is not None and self.memory > there):
             raise InputError(f"--memory is {self.memory} bytes; it must be from {LEAST} to the {there} of this machine")
+        if self.disk_bytes < LEAST:
+            raise InputError(f"--disk-bytes is {self.disk_bytes}; it must be at least {LEAST}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-import struct
 from collections import deque
 from dataclasses import dataclass
 from threading import Lock
@@ -21,7 +20,7 @@ from kvcomm.errors import CacheFault, InputError
 from kvcomm.store.arena import Window
 from kvcomm.store.record import Bytes, empty
 from kvcomm.wire import protocol as p
-from kvcomm.wire.address import Address
+from kvcomm.wire.address import Address, is_trusted, other_end
 
 __all__ = ["Answer", "Connection", "Holdings", "Unreachable"]
 
@@ -282,10 +281,9 @@ class Connection:
 
 def _check_owner(connection: socket.socket, address: Address) -> None:
     """Raises InputError where another user serves at a socket: who can put a socket there could hand out any KV."""
-    if hasattr(socket, "SO_PEERCRED"):
-        _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-        if uid not in (os.getuid(), 0):
-            raise InputError(f"{address} is served by user {uid}; only this user's own server, or root's, is trusted")
+    _, uid = other_end(connection)
+    if not is_trusted(uid):
+        raise InputError(f"{address} is served by user {uid}; only this user's own server, or root's, is trusted")
 
 
 def _exactly(connection: socket.socket, count: int, deadline: float) -> Bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import shutil
 import socket
 import ssl
@@ -15,6 +16,7 @@ from pathlib import Path
 import msgpack
 import pytest
 
+from kvcomm import cli
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.store.record import Record
 from kvcomm.wire import protocol as p
@@ -115,6 +117,58 @@ def test_tokens(served: Running, address: Address, tenant: str, token: str, ente
             with pytest.raises(InputError, match="token"):
                 store.has(["0" * 32])
             assert "has" not in served.server.counters.requests
+
+
+def test_a_token_for_each_tenant(served: Running, address: Address) -> None:
+    """Of a store that serves several; it has none for the third."""
+    kept = [segment(50, tenant=tenant) for tenant in ("", "a", "b")]
+    with closing(ServerStore(address, token={"a": "a's", "*": "none's"})) as store:
+        for s in kept[:2]:
+            assert store.put(s, kv_of(s))
+        with pytest.raises(InputError, match="'b'"):
+            store.put(kept[2], kv_of(kept[2]))
+    assert len(served.server.library.slabs.segments()) == 2
+
+
+def test_commands_ask_servers_of_other_hosts(
+    start: Start,
+    certificate: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With the file of tokens that the server has, and the certificates that OpenSSL is told to believe."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    tokens = {"a": "a's", "b": "b's"}
+    address = listening(start(tokens=tokens), context)
+    given, archive = tmp_path / "tokens", tmp_path / "all.tar"
+    given.write_text("".join(f"{tenant} {token}\n" for tenant, token in tokens.items()))
+    given.chmod(0o600)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    for tenant, token in tokens.items():
+        s = segment(50, tenant=tenant)
+        with closing(ServerStore(address, tenant=tenant, token=token)) as store:
+            assert store.put(s, kv_of(s))
+    there = ["--socket", str(address), "--token-file", str(given)]
+    assert cli.main(["server", "status", *there, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tiers"]["memory"]["objects"] == 2
+    assert cli.main(["store", "ls", *there, "--tenant", "b", "--format", "json"]) == 0
+    assert [row["key"] for row in json.loads(capsys.readouterr().out)["objects"]] == [s.key]
+    assert cli.main(["store", "export", str(archive), *there, "--tenant", "b"]) == 0
+    with closing(ServerStore(address, tenant="b", token=tokens["b"])) as store:
+        assert store.remove(s.key)
+        assert cli.main(["store", "import", str(archive), *there]) == 0
+        found = store.get(s.key)
+    assert found is not None
+    assert equal(found, kv_of(s))
+    capsys.readouterr()
+    for command in (["server", "status"], ["store", "ls"]):
+        assert cli.main([*command, "--socket", str(address)]) == 2
+        assert "no token came for tenant ''" in capsys.readouterr().err
+    monkeypatch.delenv("SSL_CERT_FILE")
+    assert cli.main(["server", "status", *there]) == 1
+    assert "certificate" in capsys.readouterr().err
 
 
 def test_a_token_for_any_tenant(start: Start) -> None:

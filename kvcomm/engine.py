@@ -66,7 +66,11 @@ class Output:
     report: ReuseReport
 
 
-class _Poisoned(CacheFault):
+class _Unusable(CacheFault):
+    """Some KV that a plan reuses is not what it should be: all of the plan's is forgotten."""
+
+
+class _Poisoned(_Unusable):
     """The first logits were not numbers: some stored KV was not either."""
 
 
@@ -383,7 +387,7 @@ class KVComm:
             if not gone:
                 return found
             for key in gone:
-                self._learner.forget(key)
+                self.index.remove(key)
 
     def _run(self, request: Request, plan: Plan, call: Call) -> tuple[Any, SpanCache, Plan]:
         """Starts `call` on an assembled cache; densely where assembling fails or the first logits are not numbers."""
@@ -398,8 +402,8 @@ class KVComm:
                 plan = Plan.dense(plan.length, f"draft-check: {doubt}")
             except CacheFault as fault:
                 self._count_fault("poisoned" if isinstance(fault, _Poisoned) else "assemble", fault)
-                for span in plan.spans:
-                    self._learner.forget(span.segment.key)
+                if isinstance(fault, _Unusable):  # else it is no fault of the KV, which others may share
+                    self._forget(plan)
                 plan = Plan.dense(plan.length, f"fault: {fault}")
         cache = self.backend.cache(room)
         request.assembled = perf_counter()
@@ -414,9 +418,13 @@ class KVComm:
             for span in plan.spans:
                 kv = self.store.get(span.segment.key)
                 if kv is None:
+                    self.index.remove(span.segment.key)
                     raise CacheFault("a planned segment left the store, or was altered in it")
                 stored.append((span, kv))
-            self.backend.fill(cache, plan.length, stored, rotate=self.config.rung != "naive")
+            try:
+                self.backend.fill(cache, plan.length, stored, rotate=self.config.rung != "naive")
+            except CacheFault as fault:
+                raise _Unusable(str(fault)) from fault
             for start, deviation in request.deviations:
                 self.backend.correct(cache, plan.length, start, deviation)
             ids, recompute = torch.from_numpy(request.ids.astype(np.int64))[None], torch.from_numpy(plan.recompute)
@@ -429,6 +437,13 @@ class KVComm:
             raise CacheFault(f"assembling failed: {fault!r}") from fault
         request.assembled = perf_counter()
         return plan
+
+    def _forget(self, plan: Plan) -> None:
+        for span in plan.spans:
+            try:
+                self._learner.forget(span.segment.key)
+            except CacheFault as fault:
+                self._count_fault("store", fault)
 
     def _checked(self, plan: Plan, cache: SpanCache, ids: torch.Tensor, stop: Collection[int]) -> Plan:
         """Runs the pass; `plan` with what the check has computed again as well."""

@@ -67,7 +67,8 @@ class Learner:
         """Computes a text and keeps tokens [first, n) of `ids` [1, n]; returns how many, 0 for what is kept already."""
         whole = ids[0].to("cpu", torch.int32).numpy()
         segment = replace(self._segment(whole[first:], whole[:first], producer, tenant, True, len(whole)), alone=True)
-        if segment.key in self.index and self.store.get(segment.key) is not None:
+        if not self.store.wants(segment.key) or self.store.get(segment.key) is not None:  # perhaps another process put it
+            self._know(segment)
             return 0
         cache = self.backend.cache(len(whole))
         with self.backend.hooked():
@@ -77,8 +78,8 @@ class Learner:
         return len(segment.ids) if segment.key in self.index else 0
 
     def forget(self, key: str) -> None:
-        self.store.remove(key)
         self.index.remove(key)
+        self.store.remove(key)
 
     def _unknown(self, length: int, spans: Sequence[Span]) -> list[tuple[int, int]]:
         """Runs of at least min_run prompt tokens that none of the spans, which are disjoint, covers."""
@@ -91,13 +92,16 @@ class Learner:
 
     def _keep(self, segment: Segment, cache: SpanCache, length: int) -> None:
         """`length`: tokens of the sequence that `cache` holds it of."""
-        if segment.key not in self.store:
+        if self.store.wants(segment.key):
             kept = self.store.put(segment, self.backend.read(cache, segment.start, segment.start + len(segment.ids), length))
             for evicted in kept.evicted:
                 self.index.remove(evicted)
             if not kept:
                 return
-        for lost in self.index.add(segment):  # also where another engine has put it into the store
+        self._know(segment)  # also where another engine has put it into the store
+
+    def _know(self, segment: Segment) -> None:
+        for lost in self.index.add(segment):
             self.store.remove(lost)
 
     def _keep_answer(

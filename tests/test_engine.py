@@ -16,6 +16,8 @@ from kvcomm.errors import InputError
 from kvcomm.segments import Plan, Segment, SegmentKV
 from kvcomm.store.memory import MemoryStore
 from kvcomm.store.null import NullStore
+from kvcomm.store.slabs import SlabStore
+from kvcomm.store.tiered import Tiered
 from kvcomm.testing import tiny_random
 from kvcomm.tiny import tokenizer as tiny_tokenizer
 
@@ -284,6 +286,38 @@ def test_kv_that_left_between_plan_and_use(model: PreTrainedModel, tokenizer: Pr
     out = answer(comm, messages("analyst"))
     assert out.token_ids == plain(model, comm.encode(messages("analyst")))
     assert comm.counters.value("faults", "assemble") == 1
+
+
+def test_a_fault_of_this_engine_costs_others_nothing(
+    comm: KVComm, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory, for example: the KV is as good as before, and may be shared."""
+    answer(comm, messages("clerk"))
+    kept = {s.key for s in comm.store.segments()}
+
+    def explode(*args: object, **options: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comm.backend, "fill", explode)
+        out = answer(comm, messages("analyst"))
+    assert out.token_ids == plain(model, comm.encode(messages("analyst")))
+    assert comm.counters.value("faults", "assemble") == 1
+    assert kept <= {s.key for s in comm.store.segments()}
+    assert answer(comm, messages("critic")).report.reused_tokens > 0
+
+
+def test_what_left_the_front_tier_is_loaded_when_it_is_found(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    front, back = SlabStore(1 << 24), SlabStore(1 << 24)
+    comm = KVComm.from_model(model, tokenizer, config=Config(), store=Tiered(front, back))
+    answer(comm, messages("clerk"))
+    kept = back.segments()
+    for segment in kept:
+        assert front.remove(segment.key)
+    assert answer(comm, messages("analyst")).report.reused_tokens > 0
+    assert {s.key for s in kept} <= {s.key for s in back.segments()}
 
 
 def test_fault_in_learning(comm: KVComm, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

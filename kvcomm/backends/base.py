@@ -75,6 +75,7 @@ class Backend(Protocol):
         """Writes each span's K/V to its place in a prompt of `length` tokens, which must fit into the cache. `Span.offset`
         indexes into the SegmentKV. Keys are rotated from their old to their new position in float32; what did not move is
         copied bit for bit. `rotate=False` copies all keys as they are: wrong for moved spans, and there to be compared with.
+        Raises CacheFault for K/V of other shapes than the model's.
         """
         ...
 

@@ -131,6 +131,7 @@ class KVCommConnector(KVConnectorBase_V1, SupportsHMA):
             adviser,
             least_gain=never if costs.least_gain is None else costs.least_gain,
             alone=alone,
+            shared=self._settings.server is not None,
         )
         compat.log.log(logging.WARNING if costs.least_gain is None else logging.INFO, "kvcomm: %s", costs)
 

@@ -57,7 +57,7 @@ class Keeper:
     @torch.inference_mode()
     def keep(self, segment: Segment, save: Save) -> Kept:
         """Raises CacheFault where the K/V is not finite."""
-        if segment.key in self._store:
+        if not self._store.wants(segment.key):
             return Kept(stored=True)
         return self._store.put(segment, self.read(save.blocks, segment.start, segment.start + len(segment.ids)))
 

@@ -23,8 +23,9 @@ __all__ = ["Refusing", "Worker"]
 
 
 class Worker:
-    """One rank. `alone`: no other rank computes the same requests; `adviser`: only there. `try_fold` is called once, after the
-    first forward of the engine that took holes, and raises where it did not compute them: then none takes any more.
+    """One rank. `alone`: no other rank computes the same requests; `adviser`: only there; `shared`: the store is other engines'
+    too. `try_fold` is called once, after the first forward of the engine that took holes, and raises where it did not compute
+    them: then none takes any more.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class Worker:
         *,
         least_gain: int | None = None,
         alone: bool,
+        shared: bool = False,
     ) -> None:
-        self._loader, self._keeper, self._holes, self._store, self._alone = loader, keeper, holes, store, alone
+        self._loader, self._keeper, self._holes, self._store = loader, keeper, holes, store
+        self._alone, self._shared = alone, shared
         self._try_fold, self._folds, self._judged = try_fold, True, False
         self._on_trial: list[Load] = []
         self._adviser = adviser
@@ -52,10 +55,7 @@ class Worker:
     @torch.inference_mode()
     def before_forward(self, step: Step, context: Any) -> None:
         """Must run before the engine's forward of the step that the loads belong to, under its `context`."""
-        for key in [segment.key for segment in self._store.segments()] if step.reset else step.forget:
-            self._store.remove(key)
-        if step.reset and self._adviser is not None:
-            self._adviser.reset()
+        self._forget(step)
         apart: list[Row] = []
         whole: list[Load] = []  # assembled, and their holes can be folded
         for load in step.loads:
@@ -166,6 +166,19 @@ class Worker:
                 log.exception("kvcomm: nothing is shared from now on")
             for load in loads:
                 self._give_up(load, fault)
+
+    def _forget(self, step: Step) -> None:
+        """What the scheduler does not know any more. After a reset nothing of a shared store is found by this engine, whose
+        fingerprint is another from then on, and others need it.
+        """
+        try:
+            keys = [segment.key for segment in self._store.segments()] if step.reset and not self._shared else step.forget
+            for key in keys:
+                self._store.remove(key)
+        except Exception as fault:  # noqa: BLE001  # nobody finds it
+            self._optional("forget", "", fault)
+        if step.reset and self._adviser is not None:
+            self._adviser.reset()
 
     def _give_up(self, load: Load, fault: Exception) -> None:
         self._fault("give-up", load, fault)

@@ -68,7 +68,10 @@ class Store(Protocol):
         """Forget one object; False when it was not here. Not counted as evicted."""
 
     def __contains__(self, key: object) -> bool:
-        """Is something kept under `key`, so near that putting it again gains nothing? Does not count as use."""
+        """Is something kept under `key`? Does not count as use."""
+
+    def wants(self, key: str) -> bool:
+        """Would it gain by a put of this? Of what it has none, and of what it has where reading takes long, perhaps."""
 
     @property
     def nbytes(self) -> int:

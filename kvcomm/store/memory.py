@@ -94,6 +94,9 @@ class MemoryStore:
         with self._lock:
             return key in self._objects
 
+    def wants(self, key: str) -> bool:
+        return key not in self
+
     @property
     def nbytes(self) -> int:
         with self._lock:

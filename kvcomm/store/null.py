@@ -35,6 +35,9 @@ class NullStore:
     def __contains__(self, key: object) -> bool:
         return False
 
+    def wants(self, key: str) -> bool:
+        return True
+
     @property
     def nbytes(self) -> int:
         return 0

@@ -74,6 +74,9 @@ class RecordStore(ABC):
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and bool(self.has([key]))
 
+    def wants(self, key: str) -> bool:
+        return key not in self
+
     @property
     def nbytes(self) -> int:
         return self.stats().nbytes

@@ -189,13 +189,13 @@ class Tiered(RecordStore):
                 here |= tier.has(missing) or set()
         return here
 
-    def __contains__(self, key: object) -> bool:
-        """Is it in the front? What is below alone was perhaps too slow to load: it is put again by who computed it again."""
+    def wants(self, key: str) -> bool:
+        """What is below alone was perhaps too slow to load: who has computed it again puts it again."""
         try:
-            return key in self.front
+            return self.front.wants(key)
         except CacheFault as fault:
             self._above.fault(fault)
-            return False
+            return True
 
     def remove(self, key: str) -> bool:
         """From all tiers; from one that fails it may not be gone."""

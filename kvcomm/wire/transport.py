@@ -142,6 +142,11 @@ class Connection:
             self._lose()
             kind = "deadline" if isinstance(fault, TimeoutError) else "unreachable"
             raise Unreachable(kind, f"{request.op} at {self.address}: {fault or type(fault).__name__}") from fault
+        except Unreachable:
+            raise
+        except BaseException:  # interrupted: what comes next on this connection answers this request, whatever is asked then
+            self._lose()
+            raise
         finally:
             self._lock.release()
         if "error" in answer.fields:

@@ -591,17 +591,17 @@ def test_what_takes_longer_to_load_than_to_compute_is_declined() -> None:
     assert stack.get_records(keys).keys() == set(keys)  # has no prices
 
 
-def test_what_was_declined_and_computed_is_not_at_hand() -> None:
-    """So that who computed it puts it again, and finds it in front from then on."""
+def test_what_was_declined_and_computed_is_wanted_again() -> None:
+    """So that it is found in front from then on."""
     _, stack, _ = slow_stack(10 / SIZE)
     record = RECORDS[0]
     stack.get_records([record.key])
     stack.get_records([record.key])
     assert stack.get_worth({record.key: 1.0}) == ({}, {record.key: "b-slower-than-computing"})
-    assert stack.has([record.key]) == {record.key}
-    assert record.key not in stack
-    stack.put_record(record)
     assert record.key in stack
+    assert stack.wants(record.key)
+    stack.put_record(record)
+    assert not stack.wants(record.key)
     assert stack.get_worth({record.key: 1.0})[0].keys() == {record.key}
 
 

@@ -24,9 +24,10 @@ from kvcomm.matching import TextIndex
 from kvcomm.store.disk import DiskStore
 from kvcomm.store.record import Record
 from kvcomm.testing import tiny_random
+from kvcomm.tiny import tokenizer
 from kvcomm.wire import protocol as p
 from kvcomm.wire.client import ServerStore
-from kvcomm.wire.transport import Unreachable
+from kvcomm.wire.transport import Connection, Unreachable
 from tests.wire.conftest import Running, Start, equal, kv_of, segment
 
 T = TypeVar("T")
@@ -137,6 +138,37 @@ def test_what_other_tenants_keep_is_not_told(start: Start) -> None:
     store.close()
 
 
+def test_an_interrupted_call_leaves_no_reply_for_the_next(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a reply is awaited: the next call must not get it for its own."""
+    store, s, t = start().store(), segment(50), segment(4000, seed=1)
+    store.put(s, kv_of(s))
+    receive = Connection._receive
+
+    def interrupted(*given: Any) -> Any:
+        monkeypatch.setattr(Connection, "_receive", receive)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Connection, "_receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.put(segment(50, seed=2), kv_of(segment(50, seed=2)))
+    assert store.put(t, kv_of(t))
+    for known in (s, t):
+        found = store.get(known.key)
+        assert found is not None
+        assert equal(found, kv_of(known))
+    store.close()
+
+
+def test_text_that_another_process_has_prefilled_is_not_computed_again(start: Start) -> None:
+    running, model = start(), tiny_random("llama", vocab_size=768)
+    text = " city is oslo . pet is dog . the old river waits slowly . food is rice . the young sailor sings loudly ."
+    with closing(running.store()) as one, closing(running.store()) as two:
+        first, second = (KVComm.from_model(model, tokenizer.build(), store=store) for store in (one, two))
+        assert first.prefill(text) > 0
+        assert second.prefill(text) == 0
+        assert first.prefill(text) == 0
+
+
 def test_what_has_left_the_memory_is_put_again(start: Start, folder: Path) -> None:
     """A disk that is slower than computing must not keep what was computed again from the memory."""
     running = start(FOUR, DiskStore(folder / "disk", 1 << 30))
@@ -145,9 +177,9 @@ def test_what_has_left_the_memory_is_put_again(start: Start, folder: Path) -> No
     assert s.key in store
     fill(store, 8)
     assert running.server.library.stack.has([s.key])
-    assert s.key not in store
+    assert store.wants(s.key)
     assert store.put(s, kv_of(s))
-    assert s.key in store
+    assert not store.wants(s.key)
     store.close()
 
 

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from operator import attrgetter
 from threading import Lock
 from typing import NamedTuple, Protocol
 
@@ -125,6 +126,15 @@ class _Space:
     prefixes: dict[int, list[tuple[_Record, int]]] = field(default_factory=dict)  # of context + ids up to a window's end
 
 
+@dataclass
+class _Share:
+    """What one tenant has in the index."""
+
+    records: OrderedDict[str, _Record] = field(default_factory=OrderedDict)  # by key, oldest first
+    windows: int = 0
+    nbytes: int = 0
+
+
 class _Run(NamedTuple):
     """A common run: prompt [start, end) from `offset` on in the record's segment."""
 
@@ -142,7 +152,8 @@ class TextIndex:
     """Known segments, and where a prompt repeats them. Thread safe: one lock, held for the length of a call.
 
     `min_run` is the shortest run reported (tokens, at least 15). `max_windows` and `max_bytes` bound the index: a window stands
-    for 8 tokens of a segment, bytes are those of the ids of segments and their contexts; the oldest segments leave first.
+    for 8 tokens of a segment, bytes are those of the ids of segments and their contexts; the oldest segments of the tenant that
+    has most leave first.
     `variants` bounds the places kept per window (the oldest leave first; a text that repeats itself takes none from others).
     """
 
@@ -157,7 +168,8 @@ class TextIndex:
             )
         self.min_run, self.max_windows, self.variants, self.max_bytes = min_run, max_windows, variants, max_bytes
         self.compared = 0  # token comparisons of all searches so far: their cost without a clock
-        self._records: OrderedDict[str, _Record] = OrderedDict()
+        self._records: dict[str, _Record] = {}
+        self._shares: dict[str, _Share] = {}  # by tenant
         self._spaces: dict[tuple[str, str], _Space] = {}
         self._windows = self._nbytes = 0
         self._added = 0
@@ -166,23 +178,25 @@ class TextIndex:
     def add(self, segment: Segment) -> tuple[str, ...]:
         """Know `segment` from now on; one that is known already becomes the newest.
 
-        Returns the keys that can no longer be found after this call, for whoever keeps their KV: the oldest segments, those
-        whose every window newer ones displaced, and `segment` itself where it is too short or too large to be indexed.
+        Returns the keys that can no longer be found after this call, for whoever keeps their KV: old segments, those whose
+        every window newer ones displaced, and `segment` itself where it is too short or too large to be indexed.
         """
         with self._lock:
             if segment.key in self._records:
-                self._records.move_to_end(segment.key)
+                self._shares[segment.tenant].records.move_to_end(segment.key)
                 return ()
             record = _Record(segment, self._added, _bytes(segment.ids), 0)
             if len(segment.ids) < self.min_run or record.windows > self.max_windows or record.nbytes > self.max_bytes:
                 return (segment.key,)
             self._added += 1
             self._records[segment.key] = record
-            self._windows += record.windows
-            self._nbytes += record.nbytes
+            share = self._shares.setdefault(segment.tenant, _Share())
+            share.records[segment.key] = record
+            self._count(share, record, 1)
             lost = self._insert(record)
             while self._windows > self.max_windows or self._nbytes > self.max_bytes:
-                lost.append(next(iter(self._records)))
+                measure = attrgetter("windows" if self._windows > self.max_windows else "nbytes")
+                lost.append(next(iter(max(self._shares.values(), key=measure).records)))
                 self._forget(lost[-1])
             return tuple(lost)
 
@@ -261,6 +275,14 @@ class TextIndex:
         with self._lock:
             assert self._windows == sum(r.windows for r in self._records.values()) <= self.max_windows
             assert self._nbytes == sum(r.nbytes for r in self._records.values()) <= self.max_bytes
+            for tenant, share in self._shares.items():
+                mine = {key: r for key, r in self._records.items() if r.segment.tenant == tenant}
+                assert mine == share.records != {}
+                assert (share.windows, share.nbytes) == (
+                    sum(r.windows for r in mine.values()),
+                    sum(r.nbytes for r in mine.values()),
+                )
+            assert sum(len(share.records) for share in self._shares.values()) == len(self._records)
             live = dict.fromkeys((r.number for r in self._records.values()), 0)
             for name, space in self._spaces.items():
                 assert space.windows, f"an empty space is kept: {name}"
@@ -301,9 +323,19 @@ class TextIndex:
 
     def _drop(self, key: str) -> _Record:
         record = self._records.pop(key)
-        self._windows -= record.windows
-        self._nbytes -= record.nbytes
+        share = self._shares[record.segment.tenant]
+        del share.records[key]
+        self._count(share, record, -1)
+        if not share.records:
+            del self._shares[record.segment.tenant]
         return record
+
+    def _count(self, share: _Share, record: _Record, sign: int) -> None:
+        """One more, or one less."""
+        share.windows += sign * record.windows
+        share.nbytes += sign * record.nbytes
+        self._windows += sign * record.windows
+        self._nbytes += sign * record.nbytes
 
     def _forget(self, key: str) -> bool:
         if key not in self._records:

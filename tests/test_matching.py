@@ -355,6 +355,20 @@ def test_the_oldest_leave_and_are_named() -> None:
     index.check_integrity()
 
 
+@pytest.mark.parametrize("limit", [{"max_windows": 60}, {"max_bytes": 60 * 8 * 4}])
+def test_who_has_most_makes_room(limit: dict[str, int]) -> None:
+    """Whatever one tenant adds, another one keeps its share."""
+    index = TextIndex(**limit)
+    mine = [segment(text(seed, 80), tenant="small") for seed in range(2)]
+    for s in mine:
+        assert index.add(s) == ()
+    theirs = [segment(text(10 + seed, 80), tenant="large", fingerprint=f"f{seed}") for seed in range(10)]
+    lost = [key for s in theirs for key in index.add(s)]
+    assert lost == [s.key for s in theirs[:6]]
+    assert all(s.key in index for s in mine)
+    index.check_integrity()
+
+
 def test_contexts_count_and_the_oldest_leave() -> None:
     """40 tokens behind 100 others: 560 bytes each."""
     a, b, c = (segment(text(seed, 40), text(10 + seed, 100)) for seed in range(3))

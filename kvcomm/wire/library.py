@@ -17,6 +17,7 @@ from kvcomm.segments import Ids, Segment
 from kvcomm.store.base import Kept, StoreStats
 from kvcomm.store.record import Record, Unreadable
 from kvcomm.store.records import RecordStore
+from kvcomm.store.remote import RemoteStore
 from kvcomm.store.slabs import SlabStore, Slot
 from kvcomm.store.tiered import Tiered
 
@@ -26,6 +27,8 @@ OTHER_TENANT = "other-tenant"  # the record is not of the tenant that its client
 NOT_FOUND_AGAIN = "too-short-to-find"  # no prompt would ever find it
 MEMORY_FULL = "memory-full"  # known, but there is no memory to lease it in
 QUICK = 1 << 13  # tokens that are searched for in a moment
+QUEUE = 1 << 30  # bytes that wait to be written down, at most
+BRINGINGS = 2  # more, of what was evicted before it could be pinned
 ATTEMPTS = 8  # searches of one prompt, while others remove what was found
 
 
@@ -49,7 +52,8 @@ class Library:
         write: Literal["through", "back"] = "through",
     ) -> None:
         self.slabs, self.lower = slabs, lower
-        self.stack: RecordStore = slabs if lower is None else Tiered(slabs, lower, write=write)
+        waiting = min(QUEUE, slabs.limit_bytes // 4)  # bytes: they lie in the memory until they are written down
+        self.stack: RecordStore = slabs if lower is None else Tiered(slabs, lower, write=write, queue_bytes=waiting)
         self.index: Index = TextIndex() if index is None else index
         self._remote = not isinstance(self.index, TextIndex)
 
@@ -97,14 +101,24 @@ class Library:
         if not prices or not isinstance(self.stack, Tiered):
             return {}, {}
         records, reasons = self.stack.get_worth(prices)
-        slots, left = self._pinned(records)
+        slots, left = self._brought(records)
         return slots, reasons | dict.fromkeys(left, MEMORY_FULL)
+
+    def _brought(self, records: Iterable[str]) -> tuple[dict[str, Slot], list[str]]:
+        """What was brought into memory just now, pinned; brought again where others evicted it before. What has no room."""
+        slots, left = self._pinned(records)
+        for _ in range(BRINGINGS):
+            if not left:
+                break
+            more, left = self._pinned(self.stack.get_records(left))
+            slots |= more
+        return slots, [key for key in records if key not in slots]
 
     def get(self, tenant: str, keys: Sequence[str]) -> list[Slot]:
         """Those of these that the tenant has, in memory now; each pinned for the caller to unpin."""
         slots, missing = self._pinned(dict.fromkeys(keys))
         if missing and self.lower is not None:
-            slots |= self._pinned(self.stack.get_records(missing))[0]
+            slots |= self._brought(self.stack.get_records(missing))[0]
         theirs = [slot for slot in slots.values() if self._tenant_of(slot.key) != tenant]
         self.unpin(theirs)
         return [slot for slot in slots.values() if slot not in theirs]
@@ -137,7 +151,7 @@ class Library:
         if record is None:  # refused, or evicted already
             return kept
         try:
-            reason = OTHER_TENANT if record.tenant != tenant else self._indexed(record.segment)
+            segment, reason = record.segment, OTHER_TENANT if record.tenant != tenant else None
         except Unreadable as fault:
             reason = fault.reason
         if reason is not None:
@@ -145,7 +159,7 @@ class Library:
             return Kept(stored=False, reason=reason)
         if isinstance(self.stack, Tiered):
             self._forget(self.stack.write_down(record).evicted)
-        return kept
+        return self._indexed(segment, kept)
 
     def put(self, tenant: str, record: Record) -> Kept:
         """A record as bytes, from a client that shares no memory with us."""
@@ -154,10 +168,7 @@ class Library:
         record.verify(record.segment.key)
         kept = self.stack.put_record(record)
         self._forget(kept.evicted)
-        if kept and (reason := self._indexed(record.segment)) is not None:
-            self.stack.remove(record.key)
-            return Kept(stored=False, reason=reason)
-        return kept
+        return self._indexed(record.segment, kept) if kept else kept
 
     def remove(self, tenant: str, keys: Iterable[str]) -> int:
         """Forget what the tenant has of these; how many there were."""
@@ -213,12 +224,19 @@ class Library:
             tenant = None if record is None else record.tenant
         return tenant
 
-    def _indexed(self, segment: Segment) -> str | None:
-        """Makes its text known; why that cannot be."""
+    def _indexed(self, segment: Segment, kept: Kept) -> Kept:
+        """Makes the text of what is kept known, last of all: other hosts hear of it. What nobody finds any more on this host is
+        removed from it; what a service keeps for all hosts is not ours to remove.
+        """
         lost = self.index.add(segment)
         for key in lost:
-            self.stack.remove(key)
-        return NOT_FOUND_AGAIN if segment.key in lost else None
+            if self._remote and isinstance(self.stack, Tiered):
+                for tier in self.stack.tiers():
+                    if not isinstance(tier, RemoteStore):
+                        tier.remove(key)
+            else:
+                self.stack.remove(key)
+        return Kept(stored=False, reason=NOT_FOUND_AGAIN) if segment.key in lost else kept
 
     def _lost(self, evicted: Iterable[str]) -> Iterable[str]:
         """Those that left the memory and are in no tier below."""

@@ -8,7 +8,10 @@ from concurrent.futures import Future
 from threading import Condition, Thread
 from typing import Any, TypeVar
 
-__all__ = ["Late", "Workers"]
+__all__ = ["DEADLINE", "SLOWEST", "Late", "Workers"]
+
+DEADLINE = "deadline"  # why a call failed: not finished in time
+SLOWEST = 32 << 20  # bytes/s that what moves data is waited for
 
 T = TypeVar("T")
 

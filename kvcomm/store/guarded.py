@@ -1,4 +1,4 @@
-"""A tier on another machine that cannot hold anybody up: deadlines, a breaker, and how fast it is. Knows no service."""
+"""A tier on another machine that cannot hold anybody up: deadlines and a breaker. Knows no service."""
 
 from __future__ import annotations
 
@@ -13,22 +13,19 @@ from kvcomm.errors import InputError
 from kvcomm.segments import Segment
 from kvcomm.store.base import Kept, StoreStats
 from kvcomm.store.breaker import ENOUGH, Breaker, Open
-from kvcomm.store.deadline import Late, Workers
+from kvcomm.store.deadline import DEADLINE, SLOWEST, Late, Workers
 from kvcomm.store.notices import check_names, check_notes
 from kvcomm.store.record import Record
 from kvcomm.store.records import Counts
 from kvcomm.store.remote import Census, RemoteFault, RemoteStore
-from kvcomm.store.speed import Speed
 
 __all__ = ["BREAKER_OPEN", "BUSY", "DEADLINE", "UNEXPECTED", "Guarded"]
 
 BREAKER_OPEN = "breaker-open"  # it failed several times in a row and is left alone for a while
 BUSY = "busy"  # calls that hang leave no thread for this one
-DEADLINE = "deadline"  # not finished in time
 UNEXPECTED = "unexpected"  # raised what a tier should not raise
 
 THREADS = 8  # calls at once, those that hang included
-SLOWEST = 32 << 20  # bytes/s that a put is waited for
 LISTING = 10  # deadlines that a listing is waited for
 
 T = TypeVar("T")
@@ -49,33 +46,23 @@ class Guarded(RemoteStore):
         breaker: Breaker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock`: seconds, for measuring and for a breaker of its own."""
+        """`clock`: seconds, for a breaker of its own."""
         if not deadline_s > 0:
             raise InputError(f"deadline_s is {deadline_s}; it must be above 0")
         super().__init__()
         self.inner, self.deadline_s = inner, deadline_s
         vars(self)["name"] = inner.name  # of the class in other stores
         self._breaker = breaker or Breaker(clock, lost_s=ENOUGH * deadline_s)
-        self._clock, self._speed = clock, Speed()
         self._workers = Workers(THREADS, f"kvcomm-{inner.name}")
         self._census = Census()  # when it was last known
-
-    def predicted_ms(self, nbytes: int) -> float | None:
-        """What a get of `nbytes` will take, from recent ones; None where too little was measured."""
-        return self._speed.predicted_ms(nbytes)
 
     def put_record(self, record: Record) -> Kept:
         _ = record.key  # a damaged header is no fault of the service
         return self._call(lambda: self.inner.put_record(record), self.deadline_s + record.nbytes / SLOWEST)
 
     def get_records(self, keys: Iterable[str]) -> dict[str, Record]:
-        if not (keys := list(dict.fromkeys(keys))):
-            return {}
-        began = self._clock()
-        found = self._call(lambda: self.inner.get_records(keys))
-        if nbytes := sum(record.nbytes for record in found.values()):
-            self._speed.observe(nbytes, (self._clock() - began) * 1e3)
-        return found
+        keys = list(dict.fromkeys(keys))
+        return self._call(lambda: self.inner.get_records(keys)) if keys else {}
 
     def has(self, keys: Iterable[str]) -> set[str]:
         keys = list(dict.fromkeys(keys))
@@ -123,7 +110,7 @@ class Guarded(RemoteStore):
             with self._breaker.attempt():
                 return self._timed(work, seconds)
         except Open as still:
-            fault = RemoteFault(self.name, BREAKER_OPEN, f"it failed repeatedly; tried again in {still.seconds:.1f} s")
+            fault = RemoteFault(self.name, BREAKER_OPEN, f"it failed lately; tried again in {still.seconds:.1f} s")
             self.counts.fault(fault.reason)
             raise fault from None
         except RemoteFault as fault:

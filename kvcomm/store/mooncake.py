@@ -22,6 +22,7 @@ from kvcomm.errors import InputError
 from kvcomm.segments import Segment
 from kvcomm.store._child import Child
 from kvcomm.store.base import Kept
+from kvcomm.store.deadline import SLOWEST
 from kvcomm.store.notices import check_names, check_notes, seal, unseal
 from kvcomm.store.record import DAMAGED, Bytes, Record, empty
 from kvcomm.store.remote import FULL, PEER_LOST, Census, RemoteFault, RemoteStore
@@ -35,7 +36,6 @@ LIBRARIES = ("libibverbs.so.1", "libcurl.so.4", "libnuma.so.1")  # what its whee
 APT = "libibverbs1 libcurl4 libnuma1"
 SEGMENT_BYTES = 256 << 20
 LOCAL_BYTES = 16 << 20  # Mooncake's own buffer, which whole transfers do not use
-SLOWEST = 32 << 20  # bytes/s that a put is waited for
 REMEMBERED = 4096  # objects that `segments` asks for
 REMEMBERED_TOKENS = 1 << 24  # of them all
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from threading import Lock
 
+from kvcomm.errors import CacheFault
+from kvcomm.store.deadline import DEADLINE
 from kvcomm.store.record import Record
 from kvcomm.store.records import RecordStore
 from kvcomm.store.speed import Speed
@@ -27,10 +29,19 @@ class Priced:
         self._typical: float | None = None  # bytes of a record
         self._lock = Lock()
 
-    def get(self, keys: Iterable[str]) -> dict[str, Record]:
-        """As the store's `get_records`, measured where it brings something."""
+    def get(self, keys: Collection[str], sizes: Mapping[str, int]) -> dict[str, Record]:
+        """As the store's `get_records`, measured where it brings something, and where it takes too long for that: then `sizes`,
+        as in `worth`, say how much it was.
+        """
         began = self._clock()
-        found = self.store.get_records(keys)
+        try:
+            found = self.store.get_records(keys)
+        except CacheFault as fault:
+            with self._lock:
+                missed = int(sum(sizes.get(key) or self._typical or 0 for key in keys))
+            if missed and getattr(fault, "reason", None) in (DEADLINE, "timeout"):
+                self.speed.observe(missed, (self._clock() - began) * 1e3)
+            raise
         ms = (self._clock() - began) * 1e3
         nbytes = sum(record.nbytes for record in found.values())
         if nbytes:

@@ -162,7 +162,7 @@ class Tiered(RecordStore):
         if not keys:
             return {}, declined
         try:
-            return tier.get(keys), declined
+            return tier.get(keys, sizes), declined
         except CacheFault as fault:
             reason = (self._above if tier is self._front else self._below).fault(fault)
             return {}, {**declined, **dict.fromkeys(keys, reason)}

@@ -315,6 +315,6 @@ class ServerStore(RecordStore):
                     other = fault
         except Open as wait:
             self._counts.fault("breaker-open")
-            raise Unreachable("breaker-open", f"{self.address} failed several times in a row; {wait}") from None
+            raise Unreachable("breaker-open", f"{self.address} failed lately; {wait}") from None
         if other is not None:
             raise other

@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.store.base import Kept
-from kvcomm.store.guarded import DEADLINE, Guarded
+from kvcomm.store.deadline import DEADLINE
+from kvcomm.store.guarded import Guarded
 from kvcomm.store.record import DAMAGED, OTHER_KEY, Record
 from kvcomm.store.redis import RedisStore
 from kvcomm.store.remote import FULL, INCOMPLETE, RemoteFault

@@ -21,6 +21,7 @@ from kvcomm.store.ledger import Ledger
 from kvcomm.store.priced import RETRY
 from kvcomm.store.record import DAMAGED, Record, Unreadable
 from kvcomm.store.records import Counts, RecordStore
+from kvcomm.store.remote import RemoteFault
 from kvcomm.store.speed import Speed
 from kvcomm.store.tiered import NOT_WRITTEN, QUEUE_FULL, Tiered
 
@@ -603,6 +604,21 @@ def test_what_was_declined_and_computed_is_wanted_again() -> None:
     stack.put_record(record)
     assert not stack.wants(record.key)
     assert stack.get_worth({record.key: 1.0})[0].keys() == {record.key}
+
+
+def test_a_tier_that_misses_its_deadline_is_slow() -> None:
+    """Each time: else it would be waited for in vain by every prompt."""
+    b, stack, clock = slow_stack(0)
+    key = RECORDS[0].key
+
+    def late(keys: object) -> dict[str, Record]:
+        clock.now += 2
+        raise RemoteFault("b", "deadline", "no answer within 2 s")
+
+    b.get_records = late  # type: ignore[method-assign]
+    said = [stack.get_worth({key: 1000.0}) for _ in range(5)]
+    assert [why for _, why in said] == [{key: "b-deadline"}] * 2 + [{key: "b-slower-than-computing"}] * 3
+    assert stack.get_worth({key: 3000.0})[1] == {key: "b-deadline"}
 
 
 def test_a_tier_that_became_fast_is_noticed() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +35,7 @@ from kvcomm.policy import plan as make_plan
 from kvcomm.request import Request
 from kvcomm.segments import Plan, ReuseReport, SegmentKV, Span
 from kvcomm.store.memory import MemoryStore
+from kvcomm.store.tiered import Tiered
 from kvcomm.streaming import Stream
 from kvcomm.waiting import longest
 from kvcomm.who import Callers, Who
@@ -372,7 +373,9 @@ class KVComm:
         return plan
 
     def _matches(self, request: Request) -> list[Match]:
-        """Known runs whose KV is in the store; what the store has evicted since is forgotten here."""
+        """Known runs whose KV is in the store, and not in a tier of it that takes longer than computing; what the store has
+        evicted since is forgotten here.
+        """
         while True:
             self._land(request)  # a search that came to nothing
             request.found = self.index.look(
@@ -382,12 +385,29 @@ class KVComm:
                 same_tables=partial(self.backend.same_tables, len(request.ids)),
                 ms_per_token=self._ms_per_token,
             )
-            found = request.found.matches
-            gone = {match.segment.key for match in found if match.segment.key not in self.store}
+            gone = self._absent(request)
             if not gone:
-                return found
+                return request.found.matches
             for key in gone:
                 self.index.remove(key)
+
+    def _absent(self, request: Request) -> set[str]:
+        """What was found and is not in the store. What is not worth loading is taken from what was found."""
+        assert request.found is not None
+        tokens = Counter[str]()
+        for match in request.found.matches:
+            tokens[match.segment.key] += match.tokens
+        if not isinstance(self.store, Tiered):
+            return {key for key in tokens if key not in self.store}
+        price = math.inf if self._ms_per_token is None else self._ms_per_token
+        there, slow = self.store.get_worth({key: price * count for key, count in tokens.items()})
+        if slow:
+            declined = Counter(request.found.declined)
+            for key, reason in slow.items():
+                declined[reason] += tokens[key]
+            matches = [match for match in request.found.matches if match.segment.key not in slow]
+            request.found = replace(request.found, matches=matches, declined=dict(declined))
+        return tokens.keys() - there.keys() - slow.keys()
 
     def _run(self, request: Request, plan: Plan, call: Call) -> tuple[Any, SpanCache, Plan]:
         """Starts `call` on an assembled cache; densely where assembling fails or the first logits are not numbers."""

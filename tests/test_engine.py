@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -318,6 +319,30 @@ def test_what_left_the_front_tier_is_loaded_when_it_is_found(
         assert front.remove(segment.key)
     assert answer(comm, messages("analyst")).report.reused_tokens > 0
     assert {s.key for s in kept} <= {s.key for s in back.segments()}
+
+
+def test_what_takes_longer_to_load_than_to_compute_is_computed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a slow tier: the report says so, and what was computed instead is at hand afterwards."""
+    front, back = SlabStore(1 << 24), SlabStore(1 << 24)
+    comm = KVComm.from_model(model, tokenizer, config=Config(), store=Tiered(front, back))
+    answer(comm, messages("clerk"))
+    real = back.get_records
+
+    def slowly(keys: Any) -> Any:
+        sleep(0.2)
+        return real(keys)
+
+    monkeypatch.setattr(back, "get_records", slowly)
+    for role, reused in (("first", True), ("second", True), ("third", False)):  # two to measure it
+        for segment in front.segments():
+            front.remove(segment.key)
+        out = answer(comm, messages(role))
+        assert (out.report.reused_tokens > 0) == reused
+        assert ("memory-slower-than-computing" in out.report.declined) != reused
+    assert out.token_ids == plain(model, comm.encode(messages("third")))
+    assert answer(comm, messages("fourth")).report.reused_tokens > 0
 
 
 def test_fault_in_learning(comm: KVComm, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

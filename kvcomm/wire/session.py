@@ -257,9 +257,13 @@ class Session:
 
     async def _commit(self, request: p.Commit) -> dict[str, Any]:
         slot = None if self._peer is None else self._peer.reserved.pop(request.number, None)
-        if slot is None:
+        if self._peer is None or slot is None:
             raise Refused(f"{request.number} was not reserved by this process")
-        kept = await self._maybe_slow(lambda: self._library.commit(self.tenant, slot.key, slot.generation))
+        try:
+            kept = await self._maybe_slow(lambda: self._library.commit(self.tenant, slot.key, slot.generation))
+        except Refused:  # it was not begun: the memory is the client's still, to commit again or to release
+            self._peer.reserved[request.number] = slot
+            raise
         return {"stored": kept.stored, "reason": kept.reason}
 
     async def _put(self, request: p.Put, body: int) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import pytest
 
 from kvcomm.store.base import TOO_LARGE
 from kvcomm.store.record import Draft, Record
+from kvcomm.store.slabs import SlabStore
 from kvcomm.wire import protocol as p
+from kvcomm.wire import server as server_module
 from kvcomm.wire.transport import Answer, Connection, Unreachable
 from tests.wire.conftest import Running, Start, kv_of, segment
 from tests.wire.test_client import held, line, process, until
@@ -129,6 +131,28 @@ def test_a_number_is_good_for_one_commit(served: Running, made: Connection) -> N
     with pytest.raises(Unreachable, match="refused"):
         made.call(p.Commit(number))
     assert made.call(p.Has([S.key]))[0] == {"keys": [S.key]}, "the connection goes on"
+
+
+def test_a_commit_that_finds_no_thread_may_be_said_again_or_released(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory stays the client's, who gives it back as it does after any failure."""
+    running = start(8 << 20, SlabStore(8 << 20))
+    with closing(Connection(running.address, "")) as made:
+        for again in (True, False):
+            s = segment(50, seed=again)
+            number = written(made, Record.of(s, kv_of(s))).fields["number"]
+            monkeypatch.setattr(server_module, "WAITING", 0)
+            with pytest.raises(Unreachable, match="busy"):
+                made.call(p.Commit(number))
+            monkeypatch.undo()
+            assert held(running) == (0, 1)
+            if again:
+                assert made.call(p.Commit(number))[0]["stored"]
+            used = running.server.library.slabs.arena.used
+        made.call(p.Release([number], []))
+        made.call(p.Has([]))
+        assert held(running) == (0, 0)
+        assert running.server.library.slabs.arena.used < used
+    running.server.library.slabs.check_integrity()
 
 
 def test_what_is_released_is_not_committed(served: Running, made: Connection) -> None:

@@ -78,15 +78,14 @@ class Server:
         self._watchers: list[asyncio.Task[None]] = []
 
     @contextmanager
-    def room_for(self, nbytes: int) -> Iterator[None]:
-        """Inside, a body of so many bytes is in memory. Raises ConnectionError where all of them exceed the store."""
-        if self._bodies + nbytes > self.most_body:
-            raise ConnectionError(f"{self._bodies} bytes of other records are being received")
-        self._bodies += nbytes
+    def room_for(self, nbytes: int) -> Iterator[bool]:
+        """Inside, a body of so many bytes may be in memory; False where all of them would exceed the store."""
+        room = nbytes if self._bodies + nbytes <= self.most_body else 0
+        self._bodies += room
         try:
-            yield
+            yield room == nbytes
         finally:
-            self._bodies -= nbytes
+            self._bodies -= room
 
     @property
     def most_body(self) -> int:

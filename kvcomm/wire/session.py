@@ -267,26 +267,35 @@ class Session:
         return {"stored": kept.stored, "reason": kept.reason}
 
     async def _put(self, request: p.Put, body: int) -> dict[str, Any]:
-        try:
-            with self._server.room_for(body):
-                record = Record(await self._body(body))
-                if record.key != request.key:
-                    raise Refused(f"a record of {record.key} in place of {request.key}")
-                kept = await self._server.run(lambda: self._library.put(self.tenant, record))
-        except (OSError, MemoryError) as fault:  # what follows is no frame
-            raise ConnectionError("a body that cannot be read") from fault
+        with self._server.room_for(body) as room:
+            data = await self._body(body, keep=room)
+            if data is None:
+                raise Refused(f"busy: there is no room for {body} bytes, as other records are being received")
+            record = Record(data)
+            if record.key != request.key:
+                raise Refused(f"a record of {record.key} in place of {request.key}")
+            kept = await self._server.run(lambda: self._library.put(self.tenant, record))
         return {"stored": kept.stored, "reason": kept.reason}
 
-    async def _body(self, nbytes: int) -> Bytes:
-        """Of a client that sends at least 1 MB/s. Raises OSError."""
-        data, read = empty(nbytes), 0
-        async with asyncio.timeout(PATIENCE + nbytes / 1e6):
-            while read < nbytes:
-                piece = await self._reader.read(min(CHUNK, nbytes - read))
-                if not piece:
-                    raise ConnectionError("hung up in the middle of a body")
-                data[read : read + len(piece)] = memoryview(piece)
-                read += len(piece)
+    async def _body(self, nbytes: int, *, keep: bool) -> Bytes | None:
+        """Of a client that sends at least 1 MB/s at every moment, as what it announces has its room from the first one. None
+        where there is none: it is read all the same, as clients hear no reply while they send. Who answers before, or hangs up,
+        breaks their connection, and they take the server for gone. Raises ConnectionError.
+        """
+        data, clock = None, asyncio.get_running_loop().time
+        if keep:
+            with suppress(MemoryError):
+                data = empty(nbytes)
+        began = clock()
+        try:
+            for start in range(0, nbytes, CHUNK):
+                end = min(start + CHUNK, nbytes)
+                async with asyncio.timeout_at(began + PATIENCE + end / 1e6):
+                    piece = await self._reader.readexactly(end - start)
+                if data is not None:
+                    data[start:end] = memoryview(piece)
+        except (OSError, EOFError) as fault:  # what follows is no frame
+            raise ConnectionError("a body that cannot be read") from fault
         return data
 
     def _release(self, request: p.Release) -> None:

@@ -264,6 +264,36 @@ def test_a_body_that_ends_too_early(served: Running, address: Address) -> None:
     assert served.server.library.slabs.arena.used == 0
 
 
+def test_who_announces_a_body_and_sends_none_is_given_up(
+    served: Running, address: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it announces, and however fast it began: the room is others' again."""
+    monkeypatch.setattr("kvcomm.wire.session.PATIENCE", 0.2)
+    monkeypatch.setattr("kvcomm.wire.session.CHUNK", 1 << 10)
+    for sent in (0, 5000):
+        with greeted(address) as made:
+            made.sendall(p.frame(p.pack_request(p.Put("0" * 32)), 64 << 20) + bytes(sent))
+            assert made.recv(1) == b""
+    assert until(lambda: served.server._bodies == 0)
+
+
+def test_a_body_without_room_is_refused_and_the_connection_goes_on(served: Running, address: Address) -> None:
+    """The client is told, and does not take the server for gone."""
+    s = segment(50)
+    with closing(ServerStore(address, token="none's", deadline_s=10.0)) as store:
+        with greeted(address) as other:
+            other.sendall(p.frame(p.pack_request(p.Put("0" * 32)), 64 << 20) + bytes(100))
+            assert until(lambda: served.server._bodies > 0)
+            for _ in range(5):  # more than the breaker bears of what it takes for failures
+                with pytest.raises(Unreachable, match="busy") as refusal:
+                    store.put(s, kv_of(s))
+                assert refusal.value.reason == "refused"
+            assert store.has([s.key]) == set()
+        assert until(lambda: served.server._bodies == 0)
+        assert store.put(s, kv_of(s))
+    assert served.server.counters.connections == 2
+
+
 def test_a_body_larger_than_the_server(served: Running, address: Address) -> None:
     with greeted(address) as made:
         made.sendall(p.frame(p.pack_request(p.Put("0" * 32)), (64 << 20) + 1))

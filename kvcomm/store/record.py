@@ -35,6 +35,10 @@ OTHER_VERSION = "other-version"  # a record, of a format that this version does 
 OTHER_KEY = "other-key"  # sound, but not the record of this key: other text, context, model or tenant
 
 BLOCK = 1 << 20  # bytes under one checksum
+MOST_TOKENS = 1 << 21  # of a segment, and of what stood in front of it
+MOST_TENSORS = 1 << 12
+MOST_TEXT = 1 << 14  # bytes of a name
+MOST_FIELDS = 32  # of a header
 ALIGN = 64
 VERSION = 1
 _MAGIC = b"KVCOMM"
@@ -265,22 +269,53 @@ _TYPES: dict[str, Any] = {
 def _understood(header: bytes, payload: int) -> dict[str, Any]:
     """What a header says of `payload` bytes of tensors. Raises Unreadable where that is no KV of its tokens."""
     try:
-        head: dict[str, Any] = msgpack.unpackb(header)
+        head = _fields(header)
         wrong = [name for name, kind in _TYPES.items() if not isinstance(head[name], kind)]
         tokens, tensors, end = len(head["ids"]) // 4, 0, 0
         for count, name, heads, dim in head["runs"]:
-            size = count * _aligned(heads * tokens * dim * _SIZES[name])
-            if type(size) is not int or min(count, heads, dim) < 1:
-                wrong.append(f"{count} tensors [{heads}, {tokens}, {dim}]")
-            tensors, end = tensors + count, end + size
+            if not all(type(number) is int and number > 0 for number in (count, heads, dim)):
+                raise ValueError("a run of no tensors")
+            tensors, end = tensors + count, end + count * _aligned(heads * tokens * dim * _SIZES[name])
         length = len(head["context"]) // 4 + tokens
     except Exception as fault:  # whatever it is made of
-        raise Unreadable(DAMAGED, f"its header is no header: {fault!r}") from fault
+        raise Unreadable(DAMAGED, f"its header is no header: {type(fault).__name__} {str(fault)[:100]}") from fault
     digests = _DIGEST.size * -(-payload // BLOCK)
-    odd = len(head["ids"]) % 4 or len(head["context"]) % 4 or tensors % 2
+    odd = len(head["ids"]) % 4 or len(head["context"]) % 4 or tensors % 2 or tensors > MOST_TENSORS
     if wrong or odd or not end or end != payload or len(head["digests"]) != digests or head["kv_length"] < length:
         raise Unreadable(DAMAGED, f"its header does not describe {payload} bytes of KV of {tokens} tokens ({', '.join(wrong)})")
     return head
+
+
+def _fields(header: bytes) -> dict[str, Any]:
+    """Of a header that anybody may have written. Read piece by piece: a list within lists of one byte each takes 70 times its
+    size. Raises whatever msgpack does, and ValueError.
+    """
+    unpacker = msgpack.Unpacker(
+        max_buffer_size=len(header),
+        max_array_len=0,
+        max_map_len=0,
+        max_ext_len=0,
+        max_str_len=MOST_TEXT,
+        max_bin_len=4 * MOST_TOKENS,  # digests of 1 TiB take as much
+    )
+    unpacker.feed(header)
+    fields: dict[str, Any] = {}
+    for _ in range(_at_most(unpacker.read_map_header(), MOST_FIELDS)):
+        name = unpacker.unpack()
+        if name == "runs":
+            runs = _at_most(unpacker.read_array_header(), MOST_TENSORS)
+            fields[name] = [[unpacker.unpack() for _ in range(_at_most(unpacker.read_array_header(), 4))] for _ in range(runs)]
+        else:
+            fields[name] = unpacker.unpack()
+    if unpacker.tell() != len(header):
+        raise ValueError(f"it ends after {unpacker.tell()} of {len(header)} bytes")
+    return fields
+
+
+def _at_most(count: int, most: int) -> int:
+    if count > most:
+        raise ValueError(f"{count} of what there may be {most}")
+    return count
 
 
 def _name(t: Tensor) -> str:

@@ -271,11 +271,14 @@ class Session:
             data = await self._body(body, keep=room)
             if data is None:
                 raise Refused(f"busy: there is no room for {body} bytes, as other records are being received")
-            record = Record(data)
-            if record.key != request.key:
-                raise Refused(f"a record of {record.key} in place of {request.key}")
-            kept = await self._server.run(lambda: self._library.put(self.tenant, record))
+            kept = await self._server.run(lambda: self._kept(request.key, Record(data)))
         return {"stored": kept.stored, "reason": kept.reason}
+
+    def _kept(self, key: str, record: Record) -> Kept:
+        """In one of the server's threads, as a header may be as long as a prompt."""
+        if record.key != key:
+            raise Refused(f"a record of {record.key} in place of {key}")
+        return self._library.put(self.tenant, record)
 
     async def _body(self, nbytes: int, *, keep: bool) -> Bytes | None:
         """Of a client that sends at least 1 MB/s at every moment, as what it announces has its room from the first one. None

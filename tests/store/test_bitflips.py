@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from kvcomm.segments import Segment, SegmentKV
 from kvcomm.store import record as format_
 from kvcomm.store.base import ALTERED
 from kvcomm.store.disk import DiskStore
-from kvcomm.store.record import BLOCK, DAMAGED, OTHER_KEY, OTHER_VERSION, Record
+from kvcomm.store.record import BLOCK, DAMAGED, OTHER_KEY, OTHER_VERSION, Record, Unreadable
+from kvcomm.wire.protocol import MAX_TOKENS
 
 CHANGES = (0x01, 0x80, 0xFF)  # low bit, high bit, all bits
 SHAPES = {  # layers, heads of keys and values, dims of keys and values, tokens, tokens in front, type
@@ -247,3 +249,42 @@ def test_what_is_remade_without_a_change_is_served(tmp_path: Path) -> None:
     assert store.opened.adopted == 1
     assert same(store.get(S.key), KV)
     store.close()
+
+
+COSTLY: dict[str, dict[str, Any]] = {
+    "empty lists": {"more": [[]] * (1 << 20)},
+    "lists in lists": {"more": [[[[]] * (1 << 10)] * (1 << 10)]},
+    "empty maps": {"more": [{}] * (1 << 20)},
+    "runs of nothing": {"runs": [[]] * (1 << 20)},
+    "runs of lists": {"runs": [[[]] * (1 << 20)]},
+    "a text so many times": {"runs": [["a" * 1000, "float32", 1 << 10, 1 << 10]]},
+    "many fields": {str(number): 0 for number in range(1 << 18)},
+    "a long name": {"producer": "a" * (1 << 20)},
+    "more tensors than any model has": {"runs": [[1 << 16, "float32", 1, 1]], "payload": bytes(64 << 16)},
+}
+
+
+@pytest.mark.parametrize("what", COSTLY)
+def test_headers_made_to_be_costly_cost_little(what: str) -> None:
+    """Whoever puts records over a network chooses what is in their headers."""
+    record = Record(np.frombuffer(remade(SOUND, **COSTLY[what]), np.uint8))
+    tracemalloc.start()
+    try:
+        with pytest.raises(Unreadable, match=DAMAGED) as fault:
+            record.head  # noqa: B018  # reading it is what is tried
+        assert tracemalloc.get_traced_memory()[1] < 3 * record.nbytes + (1 << 20)
+    finally:
+        tracemalloc.stop()
+    assert len(str(fault.value)) < 1000
+
+
+def test_as_many_tokens_as_a_prompt_may_have() -> None:
+    """Behind a long context a record is one as any other; behind more than the wire bears it is none."""
+    assert format_.MOST_TOKENS == MAX_TOKENS
+    for start in (1_000_000, MAX_TOKENS):
+        s = Segment(S.ids, np.arange(start, dtype=np.int32), "model", "t")
+        kv = SegmentKV(KV.keys, KV.values, start, start + len(S.ids))
+        assert Record(Record.of(s, kv).data).verify(s.key).segment.start == start
+    context = np.zeros(MAX_TOKENS + 1, "<i4").tobytes()
+    with pytest.raises(Unreadable, match=DAMAGED):
+        Record(np.frombuffer(remade(SOUND, context=context, kv_length=1 << 30), np.uint8)).head  # noqa: B018  # as above

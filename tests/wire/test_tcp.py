@@ -333,6 +333,26 @@ def test_bodies_that_are_no_record_are_refused_and_the_connection_goes_on(served
     served.server.library.slabs.check_integrity()
 
 
+def test_headers_that_clients_send_are_read_in_threads(
+    served: Running, address: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be as long as a prompt, and the loop is everybody's."""
+    read: list[str] = []
+
+    class Noted(Record):
+        @property
+        def key(self) -> str:
+            read.append(threading.current_thread().name)
+            return super().key
+
+    monkeypatch.setattr("kvcomm.wire.session.Record", Noted)
+    s = segment(50)
+    with closing(ServerStore(address, token="none's")) as far:
+        assert far.put(s, kv_of(s))
+    assert read
+    assert all(name.startswith("kvcomm-server") for name in read)
+
+
 def test_memory_is_not_lent_over_tcp(served: Running, address: Address) -> None:
     with closing(Connection(address, "", token="none's")) as far:
         for request in (p.Reserve("0" * 32, 5000, None), p.Commit(1)):

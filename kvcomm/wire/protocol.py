@@ -22,6 +22,7 @@ from kvcomm.errors import KVCommError
 __all__ = [
     "FD",
     "MAX_BODY",
+    "MAX_HELLO",
     "MAX_PAYLOAD",
     "PREFIX",
     "REQUESTS",
@@ -52,6 +53,7 @@ __all__ = [
 
 VERSION = 1
 MAX_PAYLOAD = 16 << 20  # bytes
+MAX_HELLO = 1 << 16  # bytes of the first one, which anybody may send
 MAX_BODY = 1 << 40  # bytes; whoever reads one knows a narrower limit
 MAX_KEYS = 1 << 16  # keys in one request
 MAX_TOKENS = 1 << 21
@@ -253,15 +255,15 @@ def frame(payload: bytes, body: int = 0) -> bytes:
     return PREFIX.pack(_MAGIC, VERSION, 0, len(payload), body) + payload
 
 
-def lengths(prefix: bytes, most: int = MAX_BODY) -> tuple[int, int]:
-    """Bytes of payload and body that follow a prefix. Raises Malformed, also where the body has more than `most`."""
+def lengths(prefix: bytes, most: int = MAX_BODY, most_payload: int = MAX_PAYLOAD) -> tuple[int, int]:
+    """Bytes of payload and body that follow a prefix. Raises Malformed, also where one has more than that."""
     magic, version, zero, payload, body = PREFIX.unpack(prefix)
     if magic != _MAGIC or zero:
         raise Malformed(f"{prefix[:4]!r} does not begin a frame")
     if version != VERSION:
         raise Malformed(f"version {version} of the protocol; this side speaks {VERSION}")
-    if payload > MAX_PAYLOAD or body > most:
-        raise Malformed(f"a frame of {payload} + {body} bytes; at most {MAX_PAYLOAD} + {most} are read")
+    if payload > most_payload or body > most:
+        raise Malformed(f"a frame of {payload} + {body} bytes; at most {most_payload} + {most} are read")
     return payload, body
 
 

@@ -30,7 +30,7 @@ from kvcomm.wire.anchor_log import AnchorLog
 from kvcomm.wire.flights import Flights
 from kvcomm.wire.library import Library
 from kvcomm.wire.peers import Peers
-from kvcomm.wire.session import Refused, Session
+from kvcomm.wire.session import GREETING, Refused, Session
 from kvcomm.wire.tokens import token_of
 
 __all__ = ["Server", "ServerCounters", "check_place"]
@@ -38,6 +38,7 @@ __all__ = ["Server", "ServerCounters", "check_place"]
 THREADS = 4
 WAITING = 256  # calls that may wait for a thread; more are refused
 CONNECTIONS = 1024
+BY_TCP = 256  # of these, for who is not on this host: strangers, until they have said hello
 LIMIT = 1 << 18  # bytes that are read ahead of a session
 LOOK = 0.5  # s between two looks at the socket's path
 T = TypeVar("T")
@@ -74,6 +75,7 @@ class Server:
         self._waiting = 0
         self._bodies = 0  # bytes
         self._sessions: set[asyncio.Task[None]] = set()
+        self._by_tcp = 0  # of these
         self._listeners: dict[str, asyncio.Server] = {}  # by address
         self._watchers: list[asyncio.Task[None]] = []
 
@@ -109,7 +111,12 @@ class Server:
             raise InputError(f"{address} needs a certificate; give --tls-cert and --tls-key")
         try:
             self._listeners[str(address)] = await asyncio.start_server(
-                self._connected_by_tcp, address.host, address.port, ssl=tls, limit=LIMIT
+                self._connected_by_tcp,
+                address.host,
+                address.port,
+                ssl=tls,
+                ssl_handshake_timeout=None if tls is None else GREETING,
+                limit=LIMIT,
             )
         except OSError as fault:
             raise InputError(f"cannot listen at {address}: {fault.strerror}; choose another host or port") from fault
@@ -216,7 +223,15 @@ class Server:
             self.peers.left(peer, number, session.handed)
 
     async def _connected_by_tcp(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self._serve(Session(self, reader, writer, None, self.counters.connections))
+        session = Session(self, reader, writer, None, self.counters.connections)
+        if self._by_tcp >= BY_TCP:
+            session.hang_up()
+            return
+        self._by_tcp += 1
+        try:
+            await self._serve(session)
+        finally:
+            self._by_tcp -= 1
 
     async def _serve(self, session: Session) -> None:
         self.counters.connections += 1

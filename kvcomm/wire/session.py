@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kvcomm.wire.peers import Peer
     from kvcomm.wire.server import Server
 
-__all__ = ["Refused", "Session"]
+__all__ = ["GREETING", "Refused", "Session"]
 
 CHUNK = 1 << 20  # bytes of a body that are read or written at a time
 PATIENCE = 30.0  # s for the rest of a frame, and for a client to read
@@ -89,7 +89,7 @@ class Session:
 
     async def _greeted(self) -> bool:
         """Has it said hello, and may it come in?"""
-        hello, _ = await self._request()
+        hello, _ = await self._request(p.MAX_HELLO)
         if not isinstance(hello, p.Hello):
             raise p.Malformed(f"a connection begins with hello, not with {hello.op}")
         reason = None
@@ -119,12 +119,12 @@ class Session:
         )
         return True
 
-    async def _request(self) -> tuple[p.Request, int]:
+    async def _request(self, most: int = p.MAX_PAYLOAD) -> tuple[p.Request, int]:
         """The next request, and how many bytes of body follow. It may think as long as it likes before it speaks."""
         first = await self._reader.readexactly(1)
         async with asyncio.timeout(PATIENCE):
             prefix = first + await self._reader.readexactly(p.PREFIX.size - 1)
-            payload, body = p.lengths(prefix, 0 if self._peer is not None else self._server.most_body)
+            payload, body = p.lengths(prefix, 0 if self._peer is not None else self._server.most_body, most)
             request = p.request_of(await self._reader.readexactly(payload))
         if body and not isinstance(request, p.Put):
             raise p.Malformed(f"{request.op} has no body, and came with one of {body} bytes")

@@ -235,6 +235,41 @@ def greeted(address: Address) -> socket.socket:
     return made
 
 
+def test_a_stranger_says_hello_in_few_bytes(address: Address) -> None:
+    """More is not even waited for."""
+    for payload in (p.MAX_HELLO + 1, p.MAX_PAYLOAD):
+        with socket.create_connection((address.host, address.port), 10) as made:
+            made.sendall(p.PREFIX.pack(b"KV", p.VERSION, 0, payload, 0))
+            assert said(made)["error"] == "malformed"
+            assert made.recv(1) == b""
+
+
+def test_connections_by_tcp_leave_room_for_others(served: Running, address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many strangers there are: who is on this host gets in, and so does the next one when they have gone."""
+    monkeypatch.setattr("kvcomm.wire.server.BY_TCP", 2)
+    with (
+        socket.create_connection((address.host, address.port), 10),
+        greeted(address),
+        socket.create_connection((address.host, address.port), 10) as third,
+        closing(ServerStore(served.address)) as near,
+    ):
+        assert third.recv(1) == b""
+        assert near.has(["0" * 32]) == set()
+    assert until(lambda: served.server._by_tcp == 0)
+    greeted(address).close()
+
+
+def test_who_connects_for_tls_and_says_nothing_is_given_up(
+    served: Running, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcomm.wire.server.GREETING", 0.2)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    address = listening(served, context)
+    with socket.create_connection((address.host, address.port), 10) as made:
+        assert made.recv(1) == b""
+
+
 def said(made: socket.socket) -> dict[str, object]:
     payload, body = p.lengths(exactly(made, p.PREFIX.size))
     assert not body

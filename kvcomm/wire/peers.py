@@ -1,8 +1,9 @@
 """Who holds what of a server's memory: leases and reservations belong to a process, and end with it, however it ends.
 
 A connection may break while its process goes on reading leased memory; so what it holds is given back when the process has
-gone (a pidfd says so), not when a socket closes. Where the system has no pidfd, it is kept for GRACE seconds instead. What the
-last reply on a broken connection handed out may have arrived or not: that is the process's word.
+gone (a pidfd says so), not when a socket closes. Where the system has no pidfd, or does not show us the process (it is in
+another container), it is kept for GRACE seconds after the last connection instead. What the last reply on a broken connection
+handed out may have arrived or not: that is the process's word.
 
 Each lease has a number of its own, so that to release it twice, or in a fork of its process, releases nothing else.
 """
@@ -31,9 +32,10 @@ class Handed:
 
 @dataclass(eq=False)
 class Peer:
-    """One process, by any number of connections."""
+    """One process, by any number of connections; one client of it, where we cannot see which process it is."""
 
-    pid: int
+    pid: int  # 0: not seen
+    key: int | str  # among all peers
     leases: dict[int, int] = field(default_factory=dict)  # number -> generation
     reserved: dict[int, Slot] = field(default_factory=dict)  # by number
     connections: dict[int, int | None] = field(
@@ -49,16 +51,16 @@ class Peers:
 
     def __init__(self, slabs: SlabStore, log: Callable[[str], None] = lambda text: None) -> None:
         self._slabs, self._log = slabs, log
-        self._peers: dict[int, Peer] = {}
+        self._peers: dict[int | str, Peer] = {}
         self._numbers = 0
 
-    def connected(self, pid: int, connection: int) -> Peer:
-        """A connection of process `pid` (0: unknown) has been made."""
-        peer = self._peers.get(pid) if pid else None
+    def connected(self, pid: int, client: str, connection: int) -> Peer:
+        """A connection of process `pid` (0: not seen) has been made, by that client of it."""
+        key = pid or client
+        peer = self._peers.get(key)
         if peer is None:
-            peer = Peer(pid)
+            peer = self._peers[key] = Peer(pid, key)
             if pid:
-                self._peers[pid] = peer
                 self._watch(peer)
         peer.connections[connection] = None
         if peer.grace is not None:
@@ -139,7 +141,7 @@ class Peers:
 
     def _gone(self, peer: Peer) -> None:
         self._unwatch(peer)
-        self._peers.pop(peer.pid, None)
+        self._peers.pop(peer.key, None)
         if peer.reserved:  # in the middle of a write; leases alone are nothing special
-            self._log(f"process {peer.pid} has gone: {len(peer.leases)} leases, {len(peer.reserved)} reservations given back")
+            self._log(f"process {peer.key} has gone: {len(peer.leases)} leases, {len(peer.reserved)} reservations given back")
         self.release(peer, [*peer.leases, *peer.reserved])

@@ -83,13 +83,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Hello(Request):
-    """The first request. Binds the connection to a tenant; a token where the server wants one."""
+    """The first request. Binds the connection to a tenant; a token where the server wants one. `client`: chosen at random, the
+    same on all connections of one client of a process.
+    """
 
     op: ClassVar[str] = "hello"
     protocol: int
     kvcomm: str
     tenant: str
     token: str
+    client: str
+
+    def check(self) -> str | None:
+        return None if _KEY.fullmatch(self.client) else f"{self.client[:40]!r} names no client"
 
 
 @dataclass(frozen=True)

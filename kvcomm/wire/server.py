@@ -214,13 +214,7 @@ class Server:
         if not is_trusted(uid):
             writer.close()
             return
-        number = self.counters.connections
-        peer = self.peers.connected(pid, number)
-        session = Session(self, reader, writer, peer, number)
-        try:
-            await self._serve(session)
-        finally:
-            self.peers.left(peer, number, session.handed)
+        await self._serve(Session(self, reader, writer, pid, self.counters.connections))
 
     async def _connected_by_tcp(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         session = Session(self, reader, writer, None, self.counters.connections)

@@ -52,12 +52,13 @@ class _Body:
 
 
 class Session:
-    """`peer`: the process at the other end, where it shares memory with us; None where it does not."""
+    """`pid`: of the process at the other end, which shares memory with us (0: it cannot be seen); None where it does not."""
 
     def __init__(
-        self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: Peer | None, number: int
+        self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pid: int | None, number: int
     ) -> None:
-        self._server, self._reader, self._writer, self._peer = server, reader, writer, peer
+        self._server, self._reader, self._writer, self._pid = server, reader, writer, pid
+        self._peer: Peer | None = None  # once it has said hello, if it shares memory
         self._library, self._flights = server.library, server.flights
         self.number, self.tenant = number, ""
         self._replies = 0
@@ -76,12 +77,9 @@ class Session:
             pass  # it has gone, or is too slow
         finally:
             self._flights.leave(self)
+            if self._peer is not None:
+                self._server.peers.left(self._peer, self.number, Handed(self._replies, self._handed))
             self._writer.close()
-
-    @property
-    def handed(self) -> Handed:
-        """What the client may not have heard of, if the connection ends now."""
-        return Handed(self._replies, self._handed)
 
     def hang_up(self) -> None:
         """At once."""
@@ -95,7 +93,7 @@ class Session:
         reason = None
         if hello.protocol != p.VERSION:
             reason = f"protocol {hello.protocol}; this server speaks {p.VERSION} (kvcomm {__version__})"
-        elif self._peer is None and not self._server.knows(hello.tenant, hello.token):
+        elif self._pid is None and not self._server.knows(hello.tenant, hello.token):
             said = "the token is not that of" if hello.token else "no token came for"
             reason = f"{said} tenant {hello.tenant!r}; say what the server's token file has for it"
         if reason is not None:
@@ -105,7 +103,8 @@ class Session:
             return False
         self.tenant = hello.tenant
         arena = self._library.slabs.arena
-        if self._peer is not None:
+        if self._pid is not None:
+            self._peer = self._server.peers.connected(self._pid, hello.client, self.number)
             with self._writer.get_extra_info("socket").dup() as own:
                 socket.send_fds(own, [p.FD], [arena.fd])
         await self._reply(
@@ -124,7 +123,7 @@ class Session:
         first = await self._reader.readexactly(1)
         async with asyncio.timeout(PATIENCE):
             prefix = first + await self._reader.readexactly(p.PREFIX.size - 1)
-            payload, body = p.lengths(prefix, 0 if self._peer is not None else self._server.most_body, most)
+            payload, body = p.lengths(prefix, self._server.most_body if self._pid is None else 0, most)
             request = p.request_of(await self._reader.readexactly(payload))
         if body and not isinstance(request, p.Put):
             raise p.Malformed(f"{request.op} has no body, and came with one of {body} bytes")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from threading import Lock
 from time import monotonic
 from typing import Any
+from uuid import uuid4
 
 from kvcomm._version import __version__
 from kvcomm.errors import CacheFault, InputError
@@ -48,9 +49,15 @@ class Holdings:
     def __init__(self) -> None:
         self.released: deque[_News] = deque()  # a number: may grow in any thread, at any moment
         self.lost: deque[_News] = deque()  # a connection that failed, and how many replies have arrived on it
+        self._clients: dict[int, str] = {}  # by process: those that it was forked from among them
         self._epoch = ""
         self._window: Window | None = None
         self._lock = Lock()
+
+    @property
+    def client(self) -> str:
+        """Whom the server knows all of this as. A fork is somebody else: what its parent has leased is not its to release."""
+        return self._clients.setdefault(os.getpid(), uuid4().hex)
 
     def of(self, epoch: str, fd: int, capacity: int) -> Window:
         """Of the server of this epoch. Raises CacheFault where the descriptor cannot be mapped."""
@@ -214,7 +221,7 @@ class Connection:
             raise
 
     def _greet(self, made: socket.socket, deadline: float) -> socket.socket:
-        hello = p.Hello(p.VERSION, __version__, self.tenant, self._token)
+        hello = p.Hello(p.VERSION, __version__, self.tenant, self._token, self._holdings.client)
         made.settimeout(_left(deadline))
         made.sendall(p.frame(p.pack_request(hello)))
         fds: list[int] = []

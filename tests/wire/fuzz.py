@@ -44,7 +44,7 @@ LONGEST = 1 << 12  # bytes of a frame that is mutated; larger ones are made on p
 KEY = "0123456789abcdef" * 2
 IDS = struct.pack("<40i", *range(40))
 
-HELLO = p.Hello(p.VERSION, "0", TENANT, TOKEN)
+HELLO = p.Hello(p.VERSION, "0", TENANT, TOKEN, KEY)
 VALID: tuple[p.Request, ...] = (
     p.Find("f", IDS, 1.5, 0.0, lease=True),
     p.Find("f", IDS, None, 1e300, lease=False),

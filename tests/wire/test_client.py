@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import socket
 import subprocess
@@ -334,6 +335,49 @@ def test_a_lease_outlives_its_connection(start: Start) -> None:
     store.close()
 
 
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server sees no client's process, as between containers."""
+    monkeypatch.setattr("kvcomm.wire.server.other_end", lambda connection: (0, os.getuid()))
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_lease_outlives_its_connection_where_no_process_is_seen(start: Start) -> None:
+    running = start(FOUR)
+    store, s = running.store(), segment(50)
+    store.put(s, kv_of(s))
+    found = store.get(s.key)
+    hang_up(running)
+    assert store.has([s.key]) == {s.key}, "by a new connection"
+    (peer,) = running.server.peers._peers.values()
+    assert peer.grace is not None
+    assert peer.grace.cancelled(), "what it reads would be given back although it is there"
+    fill(store, 12)
+    assert found is not None
+    assert equal(found, kv_of(s))
+    del found
+    gc.collect()
+    store.has([s.key])
+    assert until(lambda: held(running) == (0, 0))
+    store.close()
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_lease_is_released_over_any_connection_of_its_client(start: Start) -> None:
+    """Each tenant has a connection of its own."""
+    running = start()
+    store, s = running.store(), segment(50, tenant="a")
+    store.put(s, kv_of(s))
+    found = store.get(s.key)
+    assert found is not None
+    assert held(running) == (1, 0)
+    del found
+    gc.collect()
+    store.call("b", p.Has([]))
+    assert (status(running)["processes"], held(running)) == (1, (0, 0))
+    store.close()
+
+
 def hang_up(running: Running) -> None:
     """The server closes every connection."""
     known = running.server.status()["connections"]
@@ -405,8 +449,12 @@ sys.stdin.read()
     running.server.library.slabs.check_integrity()
 
 
-def test_a_fork_leases_for_itself(start: Start) -> None:
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_fork_leases_for_itself(start: Start, monkeypatch: pytest.MonkeyPatch, seen: bool) -> None:
     """It has what its parent had leased; to let go of that must not let go of a lease of its own, nor of its parent's."""
+    if not seen:
+        monkeypatch.setattr("kvcomm.wire.server.other_end", lambda connection: (0, os.getuid()))
+        monkeypatch.setattr("kvcomm.wire.peers.GRACE", 0.1)
     running = start()
     code = """
 import gc
@@ -430,6 +478,8 @@ sys.stdin.read()
         assert line(made) == "child True"
         assert line(made) == "parent True"
         assert until(lambda: held(running) == (2, 0)), "the child's are given back, the parent's two are not"
+        (parent,) = running.server.peers._peers.values()
+        assert [*parent.leases] == [2, 4]  # after the reservation, and before and after the child's
     assert until(lambda: held(running) == (0, 0))
 
 

@@ -747,7 +747,7 @@ def test_a_client_that_reads_nothing(folder: Path, serve: Serve, nursery: Nurser
     served = serve().start()
     with Load(nursery, served, ("raw", "engine")) as running, socket.socket(socket.AF_UNIX) as greedy:
         greedy.connect(str(served.path))
-        greedy.sendall(p.frame(p.pack_request(p.Hello(p.VERSION, "", "", ""))))
+        greedy.sendall(p.frame(p.pack_request(p.Hello(p.VERSION, "", "", "", "0" * 32))))
         greedy.settimeout(0.5)
         asked, before, question = 0, rss(served.pid), p.frame(p.pack_request(p.Stats()))
         with suppress(TimeoutError):

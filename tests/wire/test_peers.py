@@ -22,7 +22,7 @@ from tests.wire.conftest import kv_of, segment
 
 
 class PeersModel(RuleBasedStateMachine):
-    """Two processes, each with its connections. The model is a list of what is handed out: (process, number, generation)."""
+    """Two processes that are not seen. The model is a list of what is handed out: (process, number, generation)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class PeersModel(RuleBasedStateMachine):
             self.slabs.put_record(Record.of(s, kv_of(s)))
         self.keys = [s.key for s in self.slabs.segments()]
         self.peers = Peers(self.slabs)
-        self.made = [self.peers.connected(0, 1), self.peers.connected(0, 2)]
+        self.made = [self.peers.connected(0, "a", 1), self.peers.connected(0, "b", 2)]
         self.held: list[tuple[int, int, int]] = []
         self.numbers: set[int] = set()
 
@@ -53,6 +53,7 @@ class PeersModel(RuleBasedStateMachine):
     @rule(who=st.sampled_from([0, 1]))
     def gone(self, who: int) -> None:
         self.peers._gone(self.made[who])
+        self.made[who] = self.peers.connected(0, "ab"[who], 1)
         self.held = [row for row in self.held if row[0] != who]
 
     @invariant()
@@ -60,6 +61,7 @@ class PeersModel(RuleBasedStateMachine):
         pins = Counter(generation for _, _, generation in self.held)
         for generation in self.slabs._kept.values():
             assert self.slabs._book.pins(generation) == pins[generation]
+        assert (self.peers.leases, len(self.peers)) == (len(self.held), 2)
         self.slabs.check_integrity()
 
 
@@ -83,8 +85,8 @@ def reserved(slabs: SlabStore) -> Slot:
 def test_a_process_that_ends_is_noticed(slabs: SlabStore) -> None:
     async def run(child: subprocess.Popen[bytes]) -> None:
         peers = Peers(slabs)
-        peer = peers.connected(child.pid, 1)
-        assert peers.connected(child.pid, 2) is peer
+        peer = peers.connected(child.pid, "a", 1)
+        assert peers.connected(child.pid, "b", 2) is peer
         peers.reserve(peer, reserved(slabs))
         for connection in (1, 2):
             peers.left(peer, connection, Handed())
@@ -101,6 +103,27 @@ def test_a_process_that_ends_is_noticed(slabs: SlabStore) -> None:
         asyncio.run(run(child))
 
 
+def test_who_is_not_seen_is_known_by_its_name(slabs: SlabStore) -> None:
+    """All connections of a client are one peer, which holds what it has as long as one of them is open."""
+
+    async def run() -> None:
+        peers = Peers(slabs)
+        peer = peers.connected(0, "a", 1)
+        assert peers.connected(0, "a", 2) is peer
+        assert peers.connected(0, "b", 3) is not peer
+        peers.reserve(peer, reserved(slabs))
+        assert (len(peers), peers.reservations) == (2, 1)
+        for connection in (1, 2):
+            assert peer.grace is None, "one of its connections is open"
+            peers.left(peer, connection, Handed())
+        assert peer.grace is not None
+        assert peers.connected(0, "a", 4) is peer
+        assert peer.grace.cancelled()
+        peers.close()
+
+    asyncio.run(run())
+
+
 def test_without_pidfds_what_is_held_is_kept_for_a_while(slabs: SlabStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the last time that a connection ended; one made meanwhile keeps it."""
 
@@ -109,11 +132,11 @@ def test_without_pidfds_what_is_held_is_kept_for_a_while(slabs: SlabStore, monke
 
     async def run() -> None:
         peers = Peers(slabs)
-        peer = peers.connected(os.getpid(), 1)
+        peer = peers.connected(os.getpid(), "a", 1)
         peers.reserve(peer, reserved(slabs))
         peers.left(peer, 1, Handed())
         await asyncio.sleep(0.15)
-        assert peers.connected(os.getpid(), 2) is peer
+        assert peers.connected(os.getpid(), "a", 2) is peer
         peers.left(peer, 2, Handed())
         await asyncio.sleep(0.1)
         assert slabs.arena.used > 0, "the first grace has passed, the second has not"

@@ -31,6 +31,7 @@ BY_NAME: dict[str, st.SearchStrategy[Any]] = {  # fields whose values must mean 
     "ids": st.lists(st.integers(-(1 << 31), (1 << 31) - 1), min_size=1).map(lambda ids: struct.pack(f"<{len(ids)}i", *ids)),
     "ms_per_token": st.none() | finite.map(abs),
     "wait_ms": finite.map(abs),
+    "client": key,
     "key": key,
     "keys": st.lists(key, max_size=5),
     "nbytes": st.integers(1, p.MAX_BODY),

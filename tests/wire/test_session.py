@@ -207,7 +207,7 @@ def test_hello_comes_first_and_once(served: Running) -> None:
         assert said(raw)["error"] == "malformed"
         assert raw.recv(1) == b""
     with closing(Connection(served.address, "")) as twice, pytest.raises(Unreachable, match="hello"):
-        twice.call(p.Hello(p.VERSION, "0", "b", ""))
+        twice.call(p.Hello(p.VERSION, "0", "b", "", "0" * 32))
 
 
 def test_a_fault_of_ours_costs_one_request(served: Running, made: Connection, monkeypatch: pytest.MonkeyPatch) -> None:

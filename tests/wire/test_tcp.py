@@ -230,7 +230,7 @@ def test_no_tls_without_a_certificate(served: Running) -> None:
 
 def greeted(address: Address) -> socket.socket:
     made = socket.create_connection((address.host, address.port), 10)
-    made.sendall(p.frame(p.pack_request(p.Hello(p.VERSION, "0", "", "none's"))))
+    made.sendall(p.frame(p.pack_request(p.Hello(p.VERSION, "0", "", "none's", "0" * 32))))
     assert said(made)["protocol"] == p.VERSION
     return made
 

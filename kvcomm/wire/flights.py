@@ -1,7 +1,8 @@
 """Single flight: who is computing which text now, so that others who need it can wait instead of computing it once more.
 
 A flight is a prompt that is being served, with the runs of it that nobody knew. It lands when its client has kept them, or is
-gone, or after a bound. Knows token ids and clocks, nothing of KV or sockets. Belongs to one thread.
+gone, or after a bound. Knows token ids and clocks, nothing of KV or sockets. Belongs to one thread, which serves others too: so
+prompts longer than QUICK neither wait nor are waited for.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from time import monotonic
 
 from kvcomm.matching import Match, TextIndex
 from kvcomm.segments import Ids, Segment
+from kvcomm.wire.library import QUICK
 
 __all__ = ["Ahead", "Flights"]
 
 LIMIT_S = 120.0  # a flight lands after this time whatever its client does
+MOST = 1 << 12  # flights; of more the oldest land
+MOST_BYTES = 64 << 20  # of their token ids, as well
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class _Flight:
     owner: object
     since: float
     segments: tuple[Segment, ...]  # that it computes; once it is indexed, those that no earlier one does
+    nbytes: int  # of the ids that it holds on to
     landed: asyncio.Event = field(default_factory=asyncio.Event)
     awaited: int = 0
 
@@ -47,6 +52,7 @@ class Flights:
         self._fresh: dict[int, _Flight] = {}  # not indexed: most have landed before anybody asks
         self._of: dict[str, _Flight] = {}  # by a segment's key
         self._numbers = 0
+        self._nbytes = 0  # of all flights' ids
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -54,12 +60,14 @@ class Flights:
     def take_off(self, owner: object, ids: Ids, known: Sequence[Match], fingerprint: str, tenant: str) -> int:
         """A prompt is being served for `owner`; what `known` does not cover of it will be computed. Its flight's number."""
         self._numbers += 1
-        runs = tuple(
-            Segment(ids[start:end], ids[:start], fingerprint, tenant) for start, end in _gaps(len(ids), known, self._least)
-        )
-        self._flights[self._numbers] = _Flight(self._numbers, owner, self._clock(), runs)
-        self._fresh[self._numbers] = self._flights[self._numbers]
-        return self._numbers
+        gaps = _gaps(len(ids), known, self._least) if len(ids) <= QUICK else []
+        runs = tuple(Segment(ids[start:end], ids[:start], fingerprint, tenant) for start, end in gaps)
+        flight = _Flight(self._numbers, owner, self._clock(), runs, ids.nbytes if runs else 0)
+        self._flights[flight.number] = self._fresh[flight.number] = flight
+        self._nbytes += flight.nbytes
+        while len(self._flights) > MOST or self._nbytes > MOST_BYTES:
+            self._end(next(iter(self._flights.values())))
+        return flight.number
 
     def ahead(
         self, owner: object, ids: Ids, known: Sequence[Match], fingerprint: str, tenant: str, before: int | None = None
@@ -68,6 +76,8 @@ class Flights:
         off earlier than `before`, so that nobody waits in a circle. An owner cannot land while it waits.
         """
         self._expire()
+        if len(ids) > QUICK:
+            return None
         self._index_fresh()
         if not self._of:
             return None
@@ -120,6 +130,7 @@ class Flights:
 
     def _end(self, flight: _Flight) -> None:
         del self._flights[flight.number]
+        self._nbytes -= flight.nbytes
         if self._fresh.pop(flight.number, None) is not None:
             flight.landed.set()
             return

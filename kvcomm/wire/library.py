@@ -21,7 +21,7 @@ from kvcomm.store.remote import RemoteStore
 from kvcomm.store.slabs import SlabStore, Slot
 from kvcomm.store.tiered import Tiered
 
-__all__ = ["NOT_FOUND_AGAIN", "OTHER_TENANT", "Library", "Shelved"]
+__all__ = ["NOT_FOUND_AGAIN", "OTHER_TENANT", "QUICK", "Library", "Shelved"]
 
 OTHER_TENANT = "other-tenant"  # the record is not of the tenant that its client is bound to
 NOT_FOUND_AGAIN = "too-short-to-find"  # no prompt would ever find it

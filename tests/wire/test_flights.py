@@ -9,14 +9,17 @@ from collections.abc import Callable
 from time import monotonic
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvcomm.matching import Found, Match
 from kvcomm.segments import Ids, Segment
+from kvcomm.wire import flights as flights_module
 from kvcomm.wire.client import ServerStore
 from kvcomm.wire.flights import LIMIT_S, Flights
+from kvcomm.wire.library import QUICK
 from tests.wire.conftest import Running, Start, kv_of, segment
 from tests.wire.test_client import line, process, until
 
@@ -110,6 +113,7 @@ class FlightsModel(RuleBasedStateMachine):
         in_flight = {s.key for f in self.flights._flights.values() for s in f.segments}
         assert self.flights._of.keys() == in_flight
         assert len(self.flights) == len(self.flights._flights)
+        assert self.flights._nbytes == sum(f.nbytes for f in self.flights._flights.values())
 
 
 TestFlightsModel = FlightsModel.TestCase
@@ -153,6 +157,45 @@ def test_text_behind_what_is_known_is_waited_for_alone() -> None:
     assert ahead.tokens == 40
     assert flights.ahead("b", np.concatenate([TEXTS[0], TEXTS[2]]), known, "f", "") is None
     assert flights.ahead("b", TEXTS[0][:15], [], "f", "") is None, "shorter than what is worth waiting for"
+
+
+def test_long_prompts_neither_wait_nor_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is kept from the loop for them: they are not searched, nor are their ids kept."""
+    flights, text = Flights(), np.random.default_rng(0).integers(1, 1000, QUICK + 1).astype(np.int32)
+    first = flights.take_off("a", text, [], "f", "")
+    assert flights.ahead("b", text[:QUICK], [], "f", "") is None
+    assert flights._nbytes == 0
+    short = flights.take_off("b", text[:QUICK], [], "f", "")
+    assert first < short
+    assert flights._nbytes == 4 * QUICK
+    assert flights.ahead("c", text[1:], [], "f", "") is not None
+    monkeypatch.setattr(flights._index, "find", None)
+    assert flights.ahead("c", text, [], "f", "") is None
+    flights.land(first, "a")
+    assert len(flights) == 1
+
+
+@pytest.mark.parametrize("bound", ["number", "bytes"])
+def test_of_too_many_flights_the_oldest_land(monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
+    """Who never says that it has landed keeps no more than so much; who waits for the oldest goes on."""
+    if bound == "number":
+        monkeypatch.setattr(flights_module, "MOST", 3)
+    else:
+        monkeypatch.setattr(flights_module, "MOST_BYTES", 3 * TEXTS[0].nbytes)
+    flights = Flights()
+    first = flights.take_off("a", TEXTS[0], [], "f", "")
+    ahead = flights.ahead("b", TEXTS[0], [], "f", "")
+    assert ahead is not None
+    numbers = [first, *(flights.take_off("a", text, [], "f", "") for text in TEXTS[1:3])]
+    assert not ahead.landed.is_set()
+    for text in (*TEXTS, *TEXTS):
+        numbers.append(flights.take_off("a", text, [], "f", ""))
+        assert [*flights._flights] == numbers[-3:]
+        assert flights.ahead("b", text, [], "f", "") is not None
+    assert ahead.landed.is_set()
+    assert flights.ahead("b", TEXTS[0], [], "f", "") is None, "it landed"
+    flights.leave("a")
+    assert (len(flights), flights._nbytes, flights._of) == (0, 0, {})
 
 
 # -- over a server ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, KeysView
 from contextlib import suppress
+from heapq import nsmallest
 from typing import Any, NamedTuple
 
 import xxhash
@@ -74,6 +75,10 @@ class Catalog:
     def entries(self) -> list[Entry]:
         """With their uses until now, the next to be evicted first."""
         return [self._entries[key]._replace(uses=self._uses[key]) for key in self.book.order()]
+
+    def page(self, tenant: str, after: str, count: int) -> list[Entry]:
+        """Of the tenant's in the order of their keys, the first `count` behind `after`."""
+        return nsmallest(count, (e for key, e in self._entries.items() if key > after and e.tenant == tenant))
 
     def room(self, entry: Entry) -> Kept:
         """What keeping it would mean: who leaves, or why it cannot be. Changes nothing."""

@@ -25,7 +25,7 @@ from kvcomm.store.eviction import Quotas
 from kvcomm.store.folder import Folder
 from kvcomm.store.journal import Journal, read
 from kvcomm.store.record import DAMAGED, Record, Unreadable
-from kvcomm.store.records import Counts, RecordStore
+from kvcomm.store.records import Counts, Listed, RecordStore
 
 __all__ = [
     "DISK_FAILED",
@@ -193,6 +193,12 @@ class DiskStore(RecordStore):
         """What is kept, the next to be evicted first; reads no file."""
         with self._lock:
             return self._catalog.entries()
+
+    def page(self, tenant: str, after: str, count: int) -> list[Listed]:
+        """As promised; reads no file."""
+        with self._lock:
+            entries = self._catalog.page(tenant, after, count)
+        return [Listed(e.key, e.tokens, e.producer, e.fingerprint, e.cost_ms, e.nbytes) for e in entries]
 
     def stats(self) -> StoreStats:
         with self._lock:

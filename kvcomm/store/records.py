@@ -6,13 +6,28 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from threading import Lock
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from kvcomm.segments import Segment, SegmentKV
 from kvcomm.store.base import Kept, StoreStats, check_kv
 from kvcomm.store.record import OTHER_KEY, Record, Unreadable
 
-__all__ = ["Counts", "RecordStore"]
+__all__ = ["Counts", "Listed", "RecordStore"]
+
+
+class Listed(NamedTuple):
+    """One object as a list shows it: everything but its text."""
+
+    key: str
+    tokens: int
+    producer: str
+    fingerprint: str
+    cost_ms: float | None
+    nbytes: int | None  # None: who lists it does not know
+
+    @classmethod
+    def of(cls, segment: Segment, nbytes: int | None = None) -> Listed:
+        return cls(segment.key, len(segment.ids), segment.producer, segment.fingerprint, segment.cost_ms, nbytes)
 
 
 class RecordStore(ABC):
@@ -47,6 +62,11 @@ class RecordStore(ABC):
     @abstractmethod
     def segments(self) -> list[Segment]:
         """What is kept, the next to be evicted first where that is known. May take long where the tier is elsewhere."""
+
+    def page(self, tenant: str, after: str, count: int) -> list[Listed]:
+        """Of the tenant's in the order of keys, the first `count` behind `after`. As slow as `segments` in most tiers."""
+        behind = sorted((s for s in self.segments() if s.tenant == tenant and s.key > after), key=lambda s: s.key)
+        return [Listed.of(s) for s in behind[:count]]
 
     @abstractmethod
     def stats(self) -> StoreStats:

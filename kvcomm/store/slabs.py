@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from threading import Lock
 from typing import Literal
 from weakref import finalize
@@ -21,7 +22,7 @@ from kvcomm.store.arena import Arena, Bytes, whole_pages
 from kvcomm.store.base import Kept, StoreStats, check_kv
 from kvcomm.store.eviction import IN_USE, Book, Quotas
 from kvcomm.store.record import DAMAGED, OTHER_KEY, Draft, Record, Unreadable
-from kvcomm.store.records import Counts, RecordStore
+from kvcomm.store.records import Counts, Listed, RecordStore
 
 __all__ = ["NOT_RESERVED", "SlabStore", "Slot"]
 
@@ -223,17 +224,27 @@ class SlabStore(RecordStore):
         with self._lock:
             objects = [self._objects[generation] for generation in self._book.order()]
             keys = [o.slot.key for o in objects if o.state == "kept"]
-        found: list[Segment] = []
+        return [record.segment for record in self._readable(keys)]
+
+    def page(self, tenant: str, after: str, count: int) -> list[Listed]:
+        """As promised; reads the headers of these alone."""
+        with self._lock:
+            keys = [key for key, g in self._kept.items() if key > after and self._objects[g].tenant == tenant]
+        return [Listed.of(record.segment, record.nbytes) for record in islice(self._readable(sorted(keys)), count)]
+
+    def _readable(self, keys: Iterable[str]) -> Iterator[Record]:
+        """Those that are here, with a sound header."""
         for key in keys:
             record = self.record(key)
             if record is None:
                 continue
             try:
-                found.append(record.segment)
+                _ = record.segment
             except Unreadable as fault:
                 self._counts.fault(fault.reason)
                 self.remove(key)
-        return found
+            else:
+                yield record
 
     def stats(self) -> StoreStats:
         """Bytes: of whole pages."""

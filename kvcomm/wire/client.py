@@ -26,7 +26,7 @@ from kvcomm.segments import Segment, SegmentKV
 from kvcomm.store.base import Kept, StoreStats, check_kv
 from kvcomm.store.breaker import ENOUGH, Breaker, Open
 from kvcomm.store.record import Bytes, Draft, Record, empty
-from kvcomm.store.records import Counts, RecordStore
+from kvcomm.store.records import Counts, Listed, RecordStore
 from kvcomm.wire import protocol as p
 from kvcomm.wire.address import Address, address_of
 from kvcomm.wire.index import ServerIndex
@@ -115,14 +115,21 @@ class ServerStore(RecordStore):
 
     def segments(self) -> list[Segment]:
         """Of this store's tenant. Reads all of their KV."""
-        keys: list[str] = []
-        while True:
-            page, _ = self.call(self.tenant or "", p.List(len(keys), 1000))
-            keys += [row[0] for row in page["segments"]]
-            if not page["segments"]:
-                break
+        keys = [row.key for row in self.listed(self.tenant or "")]
         parts = (keys[a : a + 16] for a in range(0, len(keys), 16))
         return [record.segment for part in parts for record in self.get_records(part).values()]
+
+    def listed(self, tenant: str) -> Iterator[Listed]:
+        """What is kept of a tenant's, in the order of keys: each once, whatever others use, put or evict meanwhile."""
+        after = ""
+        while True:
+            reply, _ = self.call(tenant, p.List(after, p.MAX_LISTED))
+            with self.understood():
+                page = [Listed(*row) for row in reply["segments"]]
+            if not page:
+                return
+            yield from page
+            after = page[-1].key
 
     def stats(self) -> StoreStats:
         """Hits and misses are this client's; objects and bytes the server's, of all its clients."""

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from kvcomm.errors import CacheFault
 from kvcomm.matching import Index, Match, TextIndex
 from kvcomm.segments import Ids, Segment
 from kvcomm.store.base import Kept, StoreStats
 from kvcomm.store.record import Record, Unreadable
-from kvcomm.store.records import RecordStore
+from kvcomm.store.records import Listed, RecordStore
 from kvcomm.store.remote import RemoteStore
 from kvcomm.store.slabs import SlabStore, Slot
 from kvcomm.store.tiered import Tiered
@@ -193,17 +195,23 @@ class Library:
         """Knows the text of what the tiers below have kept since the last time; how many there are."""
         return sum(segment.key not in self.index.add(segment) for segment in segments)
 
-    def segments(self, tenant: str) -> list[Segment]:
-        """The tenant's, in memory or below."""
-        return [segment for segment in self.stack.segments() if segment.tenant == tenant]
+    def page(self, tenant: str, after: str, count: int) -> list[Listed]:
+        """The tenant's, in memory or below, as `RecordStore.page`; without those of a tier that fails."""
+        found: dict[str, Listed] = {}
+        for tier in reversed(self._tiers()):  # of one that several have, the nearest says the most
+            with suppress(CacheFault):  # counted
+                found |= {row.key: row for row in tier.page(tenant, after, count)}
+        return [found[key] for key in sorted(found)[:count]]
 
     def stats(self) -> dict[str, StoreStats]:
         """By tier, from the front."""
-        tiers = self.stack.tiers() if isinstance(self.stack, Tiered) else [self.stack]
-        return {tier.name: tier.stats() for tier in tiers}
+        return {tier.name: tier.stats() for tier in self._tiers()}
 
     def close(self) -> None:
         self.stack.close()
+
+    def _tiers(self) -> list[RecordStore]:
+        return self.stack.tiers() if isinstance(self.stack, Tiered) else [self.stack]
 
     def _pinned(self, keys: Iterable[str]) -> tuple[dict[str, Slot], list[str]]:
         slots: dict[str, Slot] = {}

@@ -25,7 +25,6 @@ __all__ = ["ANCHORS_IN_USE", "FolderPlace", "ServerPlace"]
 ANCHORS_IN_USE = "anchors-in-use"  # why a folder's anchors are left out: a running server has them
 WITHOUT_LIMIT = 1 << 62  # bytes: whoever only looks or moves must evict nothing
 DEADLINE = 30.0  # s for a call to a server
-PAGE = 1000  # rows of a server's list in one reply
 
 
 class FolderPlace:
@@ -111,13 +110,12 @@ class ServerPlace:
         self.faults: Counter[str] = Counter()
 
     def rows(self, wanted: Wanted) -> list[Row]:
-        rows, start = list[Row](), 0
-        while page := self._call(p.List(start, PAGE))["segments"]:
-            start += len(page)
-            for key, fingerprint, producer, tokens, _, _, _, cost_ms, *_ in page:
-                if wanted(self.tenant, fingerprint):
-                    rows.append(Row(key, tokens, self.tenant, producer, fingerprint, cost_ms))
-        return rows
+        """In the order of keys."""
+        return [
+            Row(row.key, row.tokens, self.tenant, row.producer, row.fingerprint, row.cost_ms, row.nbytes)
+            for row in self.store.listed(self.tenant)
+            if wanted(self.tenant, row.fingerprint)
+        ]
 
     def items(self, wanted: Wanted) -> Iterator[Item]:
         """Anchors of those models of which there is a record."""

@@ -23,6 +23,7 @@ __all__ = [
     "FD",
     "MAX_BODY",
     "MAX_HELLO",
+    "MAX_LISTED",
     "MAX_PAYLOAD",
     "PREFIX",
     "REQUESTS",
@@ -56,6 +57,7 @@ MAX_PAYLOAD = 16 << 20  # bytes
 MAX_HELLO = 1 << 16  # bytes of the first one, which anybody may send
 MAX_BODY = 1 << 40  # bytes; whoever reads one knows a narrower limit
 MAX_KEYS = 1 << 16  # keys in one request
+MAX_LISTED = 1000  # segments in one reply
 MAX_TOKENS = 1 << 21
 MAX_TEXT = 1 << 12  # characters of a name
 MAX_FIELDS = 16  # of a request
@@ -240,11 +242,14 @@ class Stats(Request):
 
 @dataclass(frozen=True)
 class List(Request):
-    """The tenant's segments, from the `start`th on, at most `count`."""
+    """The tenant's segments in the order of their keys: those behind `after` ("": from the first on), at most `count`."""
 
     op: ClassVar[str] = "list"
-    start: int
+    after: str
     count: int
+
+    def check(self) -> str | None:
+        return _bad_keys([self.after] if self.after else [])
 
 
 REQUESTS: dict[str, type[Request]] = {

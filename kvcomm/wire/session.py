@@ -190,8 +190,9 @@ class Session:
             case p.Stats():
                 return await self._server.asked()
             case p.List():
-                found = await self._server.run(lambda: library.segments(self.tenant))
-                return _listed(found[request.start : request.start + min(request.count, 1000)], len(found))
+                count = min(request.count, p.MAX_LISTED)
+                rows = await self._server.run(lambda: library.page(self.tenant, request.after, count))
+                return {"segments": rows}
             case _:
                 raise p.Malformed(f"{request.op} in the middle of a conversation")
         return {}
@@ -331,11 +332,3 @@ class Session:
     async def _last_words(self, error: str, text: str) -> None:
         with suppress(TimeoutError, ConnectionError):
             await self._reply({"error": error, "text": text})
-
-
-def _listed(segments: list[Any], count: int) -> dict[str, Any]:
-    """What a person wants to know of segments; never their text."""
-    return {
-        "segments": [[s.key, s.fingerprint, s.producer, len(s.ids), s.start, s.exact, s.alone, s.cost_ms] for s in segments],
-        "count": count,
-    }

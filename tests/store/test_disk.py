@@ -40,6 +40,7 @@ from kvcomm.store.eviction import OVER_QUOTA, Quotas
 from kvcomm.store.folder import KEPT_FILES
 from kvcomm.store.journal import read
 from kvcomm.store.record import DAMAGED, Record, Unreadable
+from kvcomm.store.records import Listed
 
 LAYERS, HEADS, DIM = 2, 2, 4
 LARGE = 1 << 30
@@ -413,6 +414,20 @@ def test_opening_reads_no_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with opened(tmp_path) as store:
         assert store.opened == Opened(100)
         assert not [path for path in files if path.endswith(".kv")]
+
+
+def test_a_page_reads_no_object(tmp_path: Path) -> None:
+    segments = sorted((segment(3, seed=i, tenant="ab"[i % 2]) for i in range(20)), key=lambda s: s.key)
+    with opened(tmp_path) as store:
+        for s in segments:
+            store.put(s, kv_of(s))
+            os.truncate(file_of(tmp_path, s.key), 0)
+        own = [Listed.of(s, size_of(s)) for s in segments if s.tenant == "a"]
+        assert store.page("a", "", 6) == own[:6]
+        assert store.page("a", own[5].key, 6) == own[6:]
+        assert store.page("a", own[9].key, 6) == store.page("c", "", 6) == []
+        for s in segments:
+            store.get(s.key)
 
 
 def test_the_journal_stays_short(tmp_path: Path) -> None:

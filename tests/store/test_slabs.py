@@ -101,6 +101,24 @@ def test_a_limit_below_one_page_keeps_nothing(limit: int) -> None:
     store.check_integrity()
 
 
+def test_a_page_is_in_the_order_of_keys_and_of_one_tenant() -> None:
+    """Whatever was used; what cannot be read is left out, and counts for nothing."""
+    store = SlabStore(100 * PAGE)
+    records = sorted((made(i) for i in range(9)), key=lambda r: r.key)
+    for record in (*records, *(made(i, tenant="t") for i in range(9, 12))):
+        assert store.put_record(record)
+    slot = store.pin(records[4].key)
+    assert slot is not None
+    store.arena.view(slot.offset, slot.nbytes)[40] ^= 1
+    store.unpin(slot.generation)
+    sound = [(r.key, r.nbytes) for r in (*records[:4], *records[5:])]
+    assert [(row.key, row.nbytes) for row in store.page("", "", 3)] == sound[:3]
+    assert [(row.key, row.nbytes) for row in store.page("", sound[2][0], 3)] == sound[3:6]
+    assert [(row.key, row.nbytes) for row in store.page("", sound[5][0], 3)] == sound[6:]
+    assert store.page("", sound[-1][0], 3) == store.page("", "", 0) == []
+    assert store.stats().faults == {DAMAGED: 1}
+
+
 def test_what_is_worth_least_leaves_and_is_named() -> None:
     store = SlabStore(3 * PAGE)
     dear, cheap, other = (made(i, cost_ms=ms) for i, ms in ((1, 9.0), (2, 1.0), (3, 2.0)))

@@ -58,7 +58,8 @@ VALID: tuple[p.Request, ...] = (
     p.Land(1),
     p.Awaited(1),
     p.Stats(),
-    p.List(0, 10),
+    p.List("", 10),
+    p.List(KEY, 10),
     p.Anchors("f", 0),
     p.AddAnchor(b"", b""),
 )
@@ -368,7 +369,7 @@ class Attacker:
         """In the middle of whatever the server does."""
         with self._greeted() as made:
             find = p.Find("f", self._rng.randbytes(4000), None, 100.0, lease=True)
-            request = self._rng.choice((find, p.Stats(), p.List(0, 9)))
+            request = self._rng.choice((find, p.Stats(), p.List("", 9)))
             with suppress(ConnectionError):
                 made.sendall(p.frame(p.pack_request(request)) * self._rng.choice((1, 3)))
             self.frames["hang-up"] += 1

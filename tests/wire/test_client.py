@@ -24,11 +24,13 @@ from kvcomm.errors import CacheFault
 from kvcomm.matching import TextIndex
 from kvcomm.store.disk import DiskStore
 from kvcomm.store.record import Record
+from kvcomm.store.tiered import Tiered
 from kvcomm.testing import tiny_random
 from kvcomm.tiny import tokenizer
 from kvcomm.wire import protocol as p
 from kvcomm.wire.client import ServerStore
 from kvcomm.wire.transport import Connection, Unreachable
+from tests.store.test_tiered import DictStore
 from tests.wire.conftest import Running, Start, equal, kv_of, segment
 
 T = TypeVar("T")
@@ -182,6 +184,34 @@ def test_what_has_left_the_memory_is_put_again(start: Start, folder: Path) -> No
     assert store.put(s, kv_of(s))
     assert not store.wants(s.key)
     store.close()
+
+
+def test_a_list_is_whole_whatever_is_used_meanwhile(start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of three, of what is in memory, on the disk and elsewhere; between any two rows some are read and one is put."""
+    monkeypatch.setattr(p, "MAX_LISTED", 3)
+    elsewhere = DictStore(1 << 30)
+    running = start(FOUR, Tiered(DiskStore(folder / "disk", 1 << 30), elsewhere))
+    store = running.store()
+    records = {(s := segment(50, seed=i)).key: Record.of(s, kv_of(s)) for i in range(12)}
+    foreign, alone = (Record.of(s, kv_of(s)) for s in (segment(50, tenant="t"), segment(50, seed=12)))
+    for record in (*records.values(), foreign):
+        assert store.put_record(record)
+    assert elsewhere.put_record(alone)
+    sizes: dict[str, int | None] = {key: record.nbytes for key, record in records.items()}
+    listed: dict[str, int | None] = {}
+    for n, row in enumerate(store.listed("")):
+        assert row.key not in listed
+        assert (row.tokens, row.fingerprint, row.key > max(listed, default="")) == (50, "f", True)
+        listed[row.key] = row.nbytes
+        assert len(store.get_many(list(records)[n % 5 :: 3])) >= 2
+        fill(store, 1, seed=200 + n)
+    assert listed.items() >= {**sizes, alone.key: None}.items()
+    assert [row.key for row in store.listed("t")] == [foreign.key]
+    elsewhere.down = True
+    assert {row.key for row in store.listed("")} >= sizes.keys()
+    store.close()
+    with closing(running.store(tenant="t")) as theirs:
+        assert {s.key for s in theirs.segments()} == {foreign.key}
 
 
 def test_a_closed_store_asks_nobody(start: Start) -> None:

@@ -34,6 +34,7 @@ BY_NAME: dict[str, st.SearchStrategy[Any]] = {  # fields whose values must mean 
     "client": key,
     "key": key,
     "keys": st.lists(key, max_size=5),
+    "after": st.just("") | key,
     "nbytes": st.integers(1, p.MAX_BODY),
     "lost": st.lists(st.tuples(whole, whole), max_size=3).map(lambda pairs: [number for pair in pairs for number in pair]),
 }

@@ -59,9 +59,9 @@ def test_reserve_write_commit_get(served: Running, made: Connection) -> None:
     made.call(p.Release([number], []))
     made.call(p.Has([]))
     assert held(served) == (0, 0)
-    listed, _ = made.call(p.List(0, 10))
-    assert [row[0] for row in listed["segments"]] == [S.key]
-    assert made.call(p.List(1, 10))[0] == {"segments": [], "count": 1}
+    listed, _ = made.call(p.List("", 10))
+    assert listed == {"segments": [[S.key, 50, "", "f", None, record.nbytes]]}
+    assert made.call(p.List(S.key, 10))[0] == {"segments": []}
     assert made.call(p.Remove([S.key, "0" * 32], damaged=False))[0] == {"removed": 1}
     served.server.library.slabs.check_integrity()
 

@@ -19,7 +19,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import numpy as np
 
 from kvcomm.errors import InputError
 from kvcomm.store.journal import sync_folder
-from kvcomm.store.record import DAMAGED, Bytes, Record, Unreadable
+from kvcomm.store.record import DAMAGED, PREFIX, Bytes, Record, Unreadable, header_end
 
 __all__ = ["KEPT_BYTES", "KEPT_FILES", "Folder"]
 
@@ -120,14 +120,22 @@ class Folder:
             sync_folder(path.parent)
 
     def look(self, key: str) -> Record:
-        """The record, mapped: for its header. Raises FileNotFoundError, and Unreadable for what is no file with bytes."""
-        return Record(np.frombuffer(self._map(key), np.uint8))
+        """The record, for its header, which alone is read. Raises FileNotFoundError, OSError where the disk or the memory is at
+        fault, and Unreadable for what is no file with bytes.
+        """
+        with self._opened(key) as (file, nbytes):  # not mapped: what the disk cannot read would be a signal
+            end = header_end(os.pread(file, PREFIX, 0))
+            try:
+                return Record.begun(os.pread(file, min(end, nbytes), 0), nbytes)
+            except MemoryError as fault:
+                raise OSError(errno.ENOMEM, f"no memory for {nbytes} bytes") from fault
 
     def load(self, key: str) -> Record:
-        """The record, mapped and in memory; deleting or replacing the file does not touch it. As `look`, and what the disk
-        cannot read is Unreadable here and not a signal later.
+        """The record, mapped and in memory; deleting or replacing the file does not touch it. As `look`, but what the disk
+        cannot read is Unreadable, and no signal later.
         """
-        mapped = self._map(key)
+        with self._opened(key) as (file, nbytes):
+            mapped = mmap.mmap(file, nbytes, access=mmap.ACCESS_READ, **_MAPPED)
         if sys.platform == "linux":
             try:
                 mapped.madvise(_POPULATE_READ)
@@ -187,7 +195,9 @@ class Folder:
             raise Unreadable(DAMAGED, f"{key!r} is no key: 32 digits of 0-9a-f were expected")
         return self.path / "objects" / key[:2] / f"{key}.kv"
 
-    def _map(self, key: str) -> mmap.mmap:
+    @contextmanager
+    def _opened(self, key: str) -> Iterator[tuple[int, int]]:
+        """The object's file, and how many bytes it has."""
         path = self._object(key)
         try:
             file = os.open(path, _READ)
@@ -199,7 +209,7 @@ class Folder:
             facts = os.fstat(file)
             if not stat.S_ISREG(facts.st_mode) or not facts.st_size:
                 raise Unreadable(DAMAGED, f"{path} is no file, or an empty one")
-            return mmap.mmap(file, facts.st_size, access=mmap.ACCESS_READ, **_MAPPED)
+            yield file, facts.st_size
         finally:
             os.close(file)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["BLOCK", "DAMAGED", "OTHER_KEY", "OTHER_VERSION", "Draft", "Record", "Unreadable"]
+__all__ = ["BLOCK", "DAMAGED", "OTHER_KEY", "OTHER_VERSION", "PREFIX", "Draft", "Record", "Unreadable", "empty", "header_end"]
 
 DAMAGED = "damaged"  # truncated, altered, or no record at all
 OTHER_VERSION = "other-version"  # a record, of a format that this version does not read
@@ -44,7 +44,7 @@ VERSION = 1
 _MAGIC = b"KVCOMM"
 _PREFIX = struct.Struct("<6sHIIQ")  # magic, version, bytes of the header, 0, bytes of it all
 _DIGEST = struct.Struct("<Q")
-_START = _PREFIX.size + _DIGEST.size
+_START = PREFIX = _PREFIX.size + _DIGEST.size
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -114,6 +114,13 @@ class Record:
         """In memory of its own."""
         draft = Draft(segment, kv)
         return draft.write(empty(draft.nbytes))
+
+    @classmethod
+    def begun(cls, beginning: bytes, nbytes: int) -> Record:
+        """One of `nbytes` of which no more than `beginning` is known: for its header. The rest is zeros."""
+        data = np.zeros(max(nbytes, len(beginning)), np.uint8)  # zeros that nobody touches take no memory
+        data[: len(beginning)] = np.frombuffer(beginning, np.uint8)
+        return cls(data)
 
     @property
     def nbytes(self) -> int:
@@ -204,6 +211,11 @@ class Record:
     @cached_property
     def _start(self) -> int:
         return _aligned(_START + _PREFIX.unpack(self.data[: _PREFIX.size].tobytes())[2])
+
+
+def header_end(prefix: bytes) -> int:
+    """How many bytes from the beginning on `Record.begun` needs, as these first `PREFIX` of them say; they may be wrong."""
+    return _aligned(_START + _PREFIX.unpack_from(prefix)[2]) if len(prefix) >= PREFIX else len(prefix)
 
 
 def empty(nbytes: int) -> Bytes:

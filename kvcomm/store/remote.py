@@ -6,8 +6,6 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvcomm.errors import CacheFault
 from kvcomm.segments import Segment
 from kvcomm.store.base import StoreStats
@@ -71,9 +69,7 @@ class RemoteStore(RecordStore):
 
 def peek(beginning: bytes, nbytes: int) -> Segment | None:
     """The segment of a record of `nbytes`, from its first bytes; None where they do not hold all of a sound header."""
-    data = np.zeros(max(nbytes, len(beginning)), np.uint8)  # zeros that nobody touches take no memory
-    data[: len(beginning)] = np.frombuffer(beginning, np.uint8)
     try:
-        return Record(data).segment
+        return Record.begun(beginning, nbytes).segment
     except Unreadable:
         return None

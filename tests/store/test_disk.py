@@ -416,6 +416,33 @@ def test_opening_reads_no_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert not [path for path in files if path.endswith(".kv")]
 
 
+def test_what_is_looked_at_is_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the disk cannot read of a mapped file is a signal, that ends the process; and of these the header alone is read."""
+    segments = [segment(tokens, seed=tokens) for tokens in (1, 30, 5000)]
+    with opened(tmp_path) as store:
+        for s in segments:
+            store.put(s, kv_of(s))
+        entries = {e.key: e for e in store.entries()}
+    (tmp_path / "journal").unlink()
+    system, nbytes = os.pread, list[int]()
+
+    def pread(file: int, size: int, at: int) -> bytes:
+        data = system(file, size, at)
+        nbytes.append(len(data))
+        return data
+
+    with monkeypatch.context() as watched:
+        watched.setattr("kvcomm.store.folder.mmap.mmap", None)
+        watched.setattr(os, "pread", pread)
+        with opened(tmp_path) as store:
+            assert store.opened == Opened(3, adopted=3)
+            assert {e.key: e for e in store.entries()} == entries
+            assert {s.key for s in store.segments()} == entries.keys()
+    assert sum(nbytes) < sum(e.nbytes for e in entries.values()) / 2
+    with opened(tmp_path) as store:
+        assert all(equal(store.get(s.key), kv_of(s)) for s in segments)
+
+
 def test_a_page_reads_no_object(tmp_path: Path) -> None:
     segments = sorted((segment(3, seed=i, tenant="ab"[i % 2]) for i in range(20)), key=lambda s: s.key)
     with opened(tmp_path) as store:

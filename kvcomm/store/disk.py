@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import gc
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -54,7 +53,8 @@ class Opened:
 
     objects: int
     adopted: int = 0  # files without an entry
-    removed: int = 0  # files without an entry that could not be read
+    removed: int = 0  # files without an entry that are no sound records
+    failed: int = 0  # files without an entry that the disk could not read, which are still there
     missing: int = 0  # entries without a file
     evicted: int = 0  # over a limit or quota that was larger when they were put
     leftovers: int = 0  # unfinished files of killed writers
@@ -266,7 +266,7 @@ class DiskStore(RecordStore):
         known = list(replayed(contents.entries))
         present = self._folder.keys()
         missing = [entry.key for entry in known if entry.key not in present]
-        adopted, faults = self._adopted(present.difference(entry.key for entry in known))
+        adopted, faults, failed = self._adopted(present.difference(entry.key for entry in known))
         evicted: list[str] = []
         for entry in (*adopted, *(entry for entry in known if entry.key in present)):  # who left already leaves first
             evicted += self._catalog.admit(entry)
@@ -277,14 +277,15 @@ class DiskStore(RecordStore):
             if contents.damaged or missing or adopted or evicted:
                 with suppress(OSError):  # a full disk: the same is found at the next opening
                     self._catalog.compact()
-        reasons = Counter([*faults.values(), *(MISSING for _ in missing), *[JOURNAL_DAMAGED] * contents.damaged])
-        for reason in reasons.elements():
+        again = [*[MISSING] * len(missing), *[DISK_FAILED] * failed, *[JOURNAL_DAMAGED] * contents.damaged]
+        for reason in (*faults.values(), *again):
             self._counts.fault(reason)
         self._counts.left(len(evicted))
         return Opened(
             len(self._catalog),
             len(adopted),
             len(faults),
+            failed,
             len(missing),
             len(evicted),
             leftovers,
@@ -292,10 +293,13 @@ class DiskStore(RecordStore):
             contents.torn,
         )
 
-    def _adopted(self, keys: Iterable[str]) -> tuple[list[Entry], dict[str, str]]:
-        """Entries of files that the journal does not know, by their headers; and why the others have none that is sound."""
+    def _adopted(self, keys: Iterable[str]) -> tuple[list[Entry], dict[str, str], int]:
+        """Entries of files that the journal does not know, by their headers; why others have none that is sound; and how many
+        the disk cannot read.
+        """
         entries: list[Entry] = []
         faults: dict[str, str] = {}
+        failed = 0
         for key in sorted(keys):
             try:
                 entry = Entry.of(self._folder.look(key))
@@ -304,7 +308,11 @@ class DiskStore(RecordStore):
                 entries.append(entry)
             except Unreadable as fault:
                 faults[key] = fault.reason
-        return entries, faults
+            except FileNotFoundError:
+                pass  # opened read-only: its owner is at work
+            except OSError:
+                failed += 1
+        return entries, faults, failed
 
     def _commit(self, entry: Entry, written: Path) -> Kept:
         """Give a written file its name, tell the journal, then evict: whatever fails or is killed on the way, nothing else is

@@ -124,8 +124,8 @@ class Folder:
         fault, and Unreadable for what is no file with bytes.
         """
         with self._opened(key) as (file, nbytes):  # not mapped: what the disk cannot read would be a signal
-            end = header_end(os.pread(file, PREFIX, 0))
             try:
+                end = header_end(os.pread(file, PREFIX, 0))
                 return Record.begun(os.pread(file, min(end, nbytes), 0), nbytes)
             except MemoryError as fault:
                 raise OSError(errno.ENOMEM, f"no memory for {nbytes} bytes") from fault

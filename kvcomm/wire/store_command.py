@@ -74,7 +74,7 @@ def _stats(args: argparse.Namespace) -> Result:
 def _verify(args: argparse.Namespace) -> Result:
     """What goes while it is looked at is not damaged: a server may be at work in the folder."""
     with closing(_folder(args)) as place:
-        unreadable = place.store.opened.removed
+        unreadable = place.store.opened.removed + place.store.opened.failed
         checked = [(key, nbytes, reason) for key, nbytes, reason in _checked(place.store, args) if reason != MISSING]
     damaged = {key: reason for key, _, reason in checked if reason}
     nbytes = sum(nbytes for _, nbytes, _ in checked)

@@ -747,6 +747,39 @@ def test_a_disk_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert equal(store.get(a.key), kv_of(a))
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.EIO, "bad block"), PermissionError(), MemoryError(), FileNotFoundError()], ids=repr
+)
+def test_a_file_that_cannot_be_read_when_opening(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, read_only: bool
+) -> None:
+    """It costs itself, stays where it is, and is there again when it can be read. What has gone meanwhile is nothing."""
+    good, bad = segment(3), segment(3, seed=1)
+    with opened(tmp_path) as store:
+        for s in (good, bad):
+            store.put(s, kv_of(s))
+    (tmp_path / "journal").unlink()
+    system, inode = os.pread, file_of(tmp_path, bad.key).stat().st_ino
+    failed = int(not isinstance(fault, FileNotFoundError))
+
+    def pread(file: int, size: int, at: int) -> bytes:
+        if os.fstat(file).st_ino == inode:
+            raise fault
+        return system(file, size, at)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "pread", pread)
+        store = DiskStore(tmp_path, LARGE, read_only=read_only)
+        assert store.opened == Opened(1, adopted=1, failed=failed)
+        assert store.stats().faults == ({DISK_FAILED: 1} if failed else {})
+        assert equal(store.get(good.key), kv_of(good))
+        assert store.get(bad.key) is None
+        store.close()
+    with opened(tmp_path) as store:
+        assert equal(store.get(bad.key), kv_of(bad))
+
+
 def test_sync_has_the_bytes_on_the_disk_before_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s = segment(3)
     store = DiskStore(tmp_path, LARGE, sync=True)

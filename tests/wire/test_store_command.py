@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -192,6 +193,20 @@ def test_verify_finds_a_file_that_nobody_knows(store: Command, disk: Path) -> No
     (disk / "objects" / "ab" / f"ab{'0' * 30}.kv").write_bytes(b"nothing")
     code, doc = store("verify", "--disk", disk)
     assert (code, doc["damaged"], doc["unreadable_files"]) == (1, {}, 1)
+
+
+def test_verify_tells_of_a_file_that_the_disk_cannot_read(store: Command, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (disk / "journal").unlink()
+    system, inode = os.pread, next(disk.glob("objects/??/*.kv")).stat().st_ino
+
+    def pread(file: int, size: int, at: int) -> bytes:
+        if os.fstat(file).st_ino == inode:
+            raise OSError(errno.EIO, "bad block")
+        return system(file, size, at)
+
+    monkeypatch.setattr(os, "pread", pread)
+    code, doc = store("verify", "--disk", disk)
+    assert (code, doc["objects"], doc["damaged"], doc["unreadable_files"]) == (1, 3, {}, 1)
 
 
 def test_a_folder_in_use_can_be_looked_at(store: Command, disk: Path, tmp_path: Path) -> None:

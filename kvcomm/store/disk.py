@@ -183,11 +183,13 @@ class DiskStore(RecordStore):
 
     def segments(self) -> list[Segment]:
         """Reads the header of every file."""
-        found = []
-        for entry in self.entries():
+        return [*self.texts()][::-1]
+
+    def texts(self) -> Iterator[Segment]:
+        """`segments` one by one, the next to be evicted last. Each file is read when it is its turn."""
+        for entry in reversed(self.entries()):
             with suppress(Unreadable, OSError):
-                found.append(self._folder.look(entry.key).segment)
-        return found
+                yield self._folder.look(entry.key).segment
 
     def entries(self) -> list[Entry]:
         """What is kept, the next to be evicted first; reads no file."""

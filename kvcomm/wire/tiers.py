@@ -91,7 +91,7 @@ class Tiers:
         index = self.library.index
         known = index.local if isinstance(index, Signposts) else index  # others were told of it when it was put
         count = 0
-        for segment in self.disk.segments():
+        for segment in self.disk.texts():
             if stop.is_set():
                 break
             count += segment.key not in known.add(segment)

@@ -37,7 +37,7 @@ from kvcomm.store.disk import (
     Verified,
 )
 from kvcomm.store.eviction import OVER_QUOTA, Quotas
-from kvcomm.store.folder import KEPT_FILES
+from kvcomm.store.folder import KEPT_FILES, Folder
 from kvcomm.store.journal import read
 from kvcomm.store.record import DAMAGED, Record, Unreadable
 from kvcomm.store.records import Listed
@@ -441,6 +441,28 @@ def test_what_is_looked_at_is_not_mapped(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(nbytes) < sum(e.nbytes for e in entries.values()) / 2
     with opened(tmp_path) as store:
         assert all(equal(store.get(s.key), kv_of(s)) for s in segments)
+
+
+def test_texts_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next to be evicted last; what has gone or cannot be read by the time that it is its turn is left out."""
+    segments = [segment(3, seed=i) for i in range(5)]
+    with opened(tmp_path) as store:
+        for s in segments:
+            store.put(s, kv_of(s))
+        store.get(segments[0].key)
+        read_, system = list[str](), Folder.look
+
+        def look(folder: Folder, key: str) -> Record:
+            read_.append(key)
+            return system(folder, key)
+
+        monkeypatch.setattr(Folder, "look", look)
+        texts = store.texts()
+        assert [next(texts).key, next(texts).key] == read_ == [segments[0].key, segments[4].key]
+        store.remove(segments[3].key)
+        os.truncate(file_of(tmp_path, segments[2].key), 20)
+        assert [s.key for s in texts] == [segments[1].key]
+        assert store.get(segments[2].key) is None
 
 
 def test_a_page_reads_no_object(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ class _Record:
     """A segment in the index. Mutable: `live` follows the tables of hashes."""
 
     segment: Segment
-    number: int  # grows with every segment added
+    number: int  # the newer, the larger
     data: bytes  # segment.ids
     context_hash: int
     live: int = 0  # entries of this segment in both tables
@@ -188,17 +188,32 @@ class TextIndex:
             record = _Record(segment, self._added, _bytes(segment.ids), 0)
             if len(segment.ids) < self.min_run or record.windows > self.max_windows or record.nbytes > self.max_bytes:
                 return (segment.key,)
-            self._added += 1
-            self._records[segment.key] = record
-            share = self._shares.setdefault(segment.tenant, _Share())
-            share.records[segment.key] = record
-            self._count(share, record, 1)
             lost = self._insert(record)
             while self._windows > self.max_windows or self._nbytes > self.max_bytes:
                 measure = attrgetter("windows" if self._windows > self.max_windows else "nbytes")
                 lost.append(next(iter(max(self._shares.values(), key=measure).records)))
                 self._forget(lost[-1])
             return tuple(lost)
+
+    def add_oldest(self, segment: Segment) -> bool:
+        """Know `segment` as if it had been added before all others: none leaves for it, and it leaves first. False where it
+        cannot be found: it is too short, there is no room, or others have displaced its every window.
+        """
+        with self._lock:
+            if segment.key in self._records:
+                return True
+            if len(segment.ids) < self.min_run or not self._has_room(segment):
+                return False
+            record = _Record(segment, -self._added, _bytes(segment.ids), 0)
+            self._insert(record, oldest=True)
+            if not record.live:
+                self._drop(segment.key)
+            return record.live > 0
+
+    def has_room(self, segment: Segment) -> bool:
+        """Could it be added to all others within `max_windows` and `max_bytes`?"""
+        with self._lock:
+            return self._has_room(segment)
 
     def remove(self, key: str) -> bool:
         """Forget a segment; False when it was not known."""
@@ -299,9 +314,21 @@ class TextIndex:
                 assert record.live == live[record.number] > 0
                 assert record.data == _bytes(record.segment.ids)
 
-    def _insert(self, record: _Record) -> list[str]:
-        """Enter a record's places into the tables; returns the keys of records that lost their last place to it."""
+    def _has_room(self, segment: Segment) -> bool:
+        windows, nbytes = len(segment.ids) // WINDOW, segment.ids.nbytes + segment.context.nbytes
+        return self._windows + windows <= self.max_windows and self._nbytes + nbytes <= self.max_bytes
+
+    def _insert(self, record: _Record, *, oldest: bool = False) -> list[str]:
+        """Enter a record and its places into the tables; returns the keys of records that lost their last place to it: none to
+        the `oldest`.
+        """
+        self._added += 1
         segment = record.segment
+        share = self._shares.setdefault(segment.tenant, _Share())
+        self._records[segment.key] = share.records[segment.key] = record
+        if oldest:
+            share.records.move_to_end(segment.key, last=False)
+        self._count(share, record, 1)
         space = self._spaces.setdefault((segment.fingerprint, segment.tenant), _Space())
         windows, prefixes, record.context_hash = _keys(segment)
         lost = []
@@ -309,13 +336,13 @@ class TextIndex:
             for j, hashed in enumerate(keys):
                 places = table.setdefault(hashed, [])
                 if len(places) >= self.variants:
-                    if any(r is record for r, _ in places):
+                    if oldest or any(r is record for r, _ in places):
                         continue
                     old, _ = places.pop(0)
                     old.live -= 1
                     if not old.live:
                         lost.append(old.segment.key)
-                places.append((record, j * WINDOW))
+                places.insert(0 if oldest else len(places), (record, j * WINDOW))
                 record.live += 1
         for key in lost:
             self._drop(key)

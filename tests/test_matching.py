@@ -138,8 +138,10 @@ def test_bounded_index_stays_true_and_keeps_its_word(world: tuple[list[int], lis
     )
     known: set[str] = set()
     for s in segments:
-        gone = index.add(s)
-        known = (known | {s.key}) - set(gone)
+        if data.draw(st.booleans()):
+            known = (known | {s.key}) - set(index.add(s))
+        elif index.add_oldest(s):
+            known.add(s.key)
         if data.draw(st.booleans()) and known:
             key = data.draw(st.sampled_from(sorted(known)))
             assert index.remove(key)
@@ -366,6 +368,29 @@ def test_who_has_most_makes_room(limit: dict[str, int]) -> None:
     lost = [key for s in theirs for key in index.add(s)]
     assert lost == [s.key for s in theirs[:6]]
     assert all(s.key in index for s in mine)
+    index.check_integrity()
+
+
+def test_for_the_oldest_nobody_leaves() -> None:
+    a, b, c, d = (segment(text(seed, 80)) for seed in range(4))
+    index = TextIndex(max_windows=30)
+    assert index.add(a) == ()
+    assert [index.add_oldest(s) for s in (b, b, c, d)] == [True, True, True, False]
+    assert [index.has_room(s) for s in (d, segment(text(4, 8)))] == [False, False]
+    assert [index.add(s) for s in (d, segment(text(5, 80)), segment(text(6, 80)))] == [(c.key,), (b.key,), (a.key,)]
+    index.check_integrity()
+
+
+def test_the_oldest_takes_no_place_from_others() -> None:
+    known = text(1, 40)
+    newer, older = ([segment(known, text(n + i, 5), exact=False) for i in range(2)] for n in (10, 20))
+    index = TextIndex(variants=2)
+    assert [*map(index.add, newer)] == [(), ()]
+    assert not index.add_oldest(older[0])
+    assert index.remove(newer[0].key)
+    assert [*map(index.add_oldest, older)] == [True, False]
+    assert [m.segment for m in find(index, known)] == [newer[1]], "of equals, the newest is found"
+    assert index.add(newer[0]) == (older[0].key,)
     index.check_integrity()
 
 

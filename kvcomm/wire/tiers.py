@@ -85,14 +85,20 @@ class Tiers:
         return cls(library, disk, anchors)
 
     def restore(self, stop: Event) -> int:
-        """Makes the text known that the disk has kept since the last time, until `stop`; how many there are. Takes long."""
+        """Makes the text known that the disk has kept since the last time, until `stop`; how many there are. Takes long. What
+        clients put meanwhile is newer: it does not leave the index for this.
+        """
         if self.disk is None:
             return 0
         index = self.library.index
         known = index.local if isinstance(index, Signposts) else index  # others were told of it when it was put
+        assert isinstance(known, TextIndex)
         count = 0
         for segment in self.disk.texts():
             if stop.is_set():
                 break
-            count += segment.key not in known.add(segment)
+            if not known.has_room(segment):
+                log.warning("there is no room for the text of more than %d objects of the disk; others are not found", count)
+                break
+            count += known.add_oldest(segment)
         return count

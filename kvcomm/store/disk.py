@@ -1,8 +1,8 @@
 """KV in a folder that outlives the process: a file per object, mapped for reading, and a journal so that opening reads no file.
 
 An object is kept when its file is in place under its name. The journal says what a list needs and which bytes were put; what it
-lacks is read from the files' headers. A killed process loses nothing that was put; what a power failure takes (`sync` pays for
-the disk to have it first) is found by the checksums. Opened read-only, nothing is changed and no lock is taken.
+lacks is read from the files' headers. A killed process loses nothing that was put; what a power failure takes is found by the
+checksums. Opened read-only, nothing is changed and no lock is taken.
 """
 
 from __future__ import annotations
@@ -93,24 +93,16 @@ class DiskStore(RecordStore):
 
     name: ClassVar[str] = "disk"
 
-    def __init__(
-        self,
-        folder: str | Path,
-        limit_bytes: int,
-        quotas: Quotas | None = None,
-        *,
-        read_only: bool = False,
-        sync: bool = False,
-    ) -> None:
+    def __init__(self, folder: str | Path, limit_bytes: int, quotas: Quotas | None = None, *, read_only: bool = False) -> None:
         self._catalog = Catalog(limit_bytes, quotas)
         self._counts = Counts()
         self._lock = Lock()
         path = Path(folder)
         try:
-            self._folder = Folder(path, read_only=read_only, sync=sync)
+            self._folder = Folder(path, read_only=read_only)
             try:
                 with _no_collection():
-                    self.opened = self._open(path / "journal", read_only=read_only, sync=sync)
+                    self.opened = self._open(path / "journal", read_only=read_only)
             except BaseException:
                 self._folder.close()
                 raise
@@ -262,7 +254,7 @@ class DiskStore(RecordStore):
                 self._catalog.journal.close()
             self._folder.close()
 
-    def _open(self, path: Path, *, read_only: bool, sync: bool) -> Opened:
+    def _open(self, path: Path, *, read_only: bool) -> Opened:
         leftovers = 0 if read_only else self._folder.clear_writing()[0]
         contents = read(path)
         known = list(replayed(contents.entries))
@@ -275,7 +267,7 @@ class DiskStore(RecordStore):
         if not read_only:
             for key in (*faults, *evicted):
                 self._folder.remove(key)
-            self._catalog.journal = Journal(path, contents, sync=sync)
+            self._catalog.journal = Journal(path, contents)
             if contents.damaged or missing or adopted or evicted:
                 with suppress(OSError):  # a full disk: the same is found at the next opening
                     self._catalog.compact()

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 
 from kvcomm.errors import InputError
-from kvcomm.store.journal import sync_folder
 from kvcomm.store.record import DAMAGED, PREFIX, Bytes, Record, Unreadable, header_end
 
 __all__ = ["KEPT_BYTES", "KEPT_FILES", "Folder"]
@@ -48,9 +47,9 @@ class Folder:
     Every method raises OSError when the disk refuses; the constructor raises InputError.
     """
 
-    def __init__(self, path: Path, *, read_only: bool, sync: bool) -> None:
+    def __init__(self, path: Path, *, read_only: bool) -> None:
         """Makes what is missing and takes the lock; `read_only` does neither."""
-        self.path, self._sync = path, sync
+        self.path = path
         self._lock = -1
         self._names = count()
         self._writing: set[str] = set()
@@ -92,8 +91,6 @@ class Folder:
                 view = data.data
                 while view:
                     view = view[os.write(file, view) :]
-                if self._sync:
-                    os.fsync(file)
             finally:
                 os.close(file)
         except BaseException:
@@ -116,8 +113,6 @@ class Folder:
             path.parent.mkdir(mode=0o700, exist_ok=True)
             os.replace(written, path)
         self._writing.discard(written.name)
-        if self._sync:
-            sync_folder(path.parent)
 
     def look(self, key: str) -> Record:
         """The record, for its header, which alone is read. Raises FileNotFoundError, OSError where the disk or the memory is at

@@ -79,11 +79,9 @@ def read(path: Path) -> Contents:
 class Journal:
     """A journal that this process writes. Not thread safe: whoever owns it takes turns."""
 
-    def __init__(self, path: Path, contents: Contents, *, sync: bool = False) -> None:
-        """Goes on behind `contents`, just read from `path`; what is torn is cut off. `sync`: what is written is on the disk,
-        and not only out of this process's hands. Raises OSError.
-        """
-        self.path, self._sync = path, sync
+    def __init__(self, path: Path, contents: Contents) -> None:
+        """Goes on behind `contents`, just read from `path`; what is torn is cut off. Raises OSError."""
+        self.path = path
         self._file = -1
         if contents.end:
             self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -107,8 +105,6 @@ class Journal:
             self._cut()
         try:
             _write(self._file, b"".join(frames), self._end)
-            if self._sync:
-                os.fdatasync(self._file)
         except BaseException:
             with suppress(OSError):
                 self._cut()
@@ -125,8 +121,6 @@ class Journal:
         file = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             _write(file, b"".join(parts), 0)
-            if self._sync:
-                os.fsync(file)
             os.replace(beside, self.path)
         except BaseException:
             os.close(file)
@@ -136,8 +130,6 @@ class Journal:
         self.close()
         self._file, self._seed, self.count = file, seed, len(parts) - 2
         self._end = sum(map(len, parts))
-        if self._sync:
-            sync_folder(self.path.parent)
 
     def close(self) -> None:
         if self._file >= 0:
@@ -146,15 +138,6 @@ class Journal:
 
     def _cut(self) -> None:
         os.ftruncate(self._file, self._end)
-
-
-def sync_folder(folder: Path) -> None:
-    """Names in `folder` are on the disk as they are now. Raises OSError."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _frame(entry: Any, seed: int) -> bytes:

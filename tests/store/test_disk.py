@@ -721,9 +721,9 @@ def test_a_full_disk_that_has_no_room_for_the_journals_line(tmp_path: Path) -> N
 def test_every_step_of_put_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """Each call of the system in turn: refused or CacheFault, and all that was there is there, also after opening again."""
     old, new = segment(30), segment(30, seed=1)
-    for name in ("open", "write", "replace", "pwrite", "fsync", "fdatasync"):
+    for name in ("open", "write", "replace", "pwrite"):
         folder = tmp_path / name
-        store = DiskStore(folder, size_of(old), sync=True)
+        store = DiskStore(folder, size_of(old))
         store.put(old, kv_of(old))
 
         def fail(*_: object, name: str = name) -> int:
@@ -800,24 +800,6 @@ def test_a_file_that_cannot_be_read_when_opening(
         store.close()
     with opened(tmp_path) as store:
         assert equal(store.get(bad.key), kv_of(bad))
-
-
-def test_sync_has_the_bytes_on_the_disk_before_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    s = segment(3)
-    store = DiskStore(tmp_path, LARGE, sync=True)
-    calls: list[str] = []
-    for name in ("fsync", "replace", "pwrite", "fdatasync"):
-
-        def call(*args: object, name: str = name, system: object = getattr(os, name)) -> object:
-            calls.append(name)
-            return system(*args)  # type: ignore[operator]
-
-        monkeypatch.setattr(os, name, call)
-    store.put(s, kv_of(s))
-    assert calls[-5:] == ["replace", "fsync", "pwrite", "fdatasync"][-5:] or calls[0] == "fsync"
-    assert [c for c in calls if c != "replace"] == ["fsync", "fsync", "pwrite", "fdatasync"]
-    assert calls.index("replace") > calls.index("fsync")
-    store.close()
 
 
 # -- killed writers ------------------------------------------------------------------------------------------------------

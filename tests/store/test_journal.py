@@ -207,18 +207,6 @@ def test_what_a_failed_append_left_is_cut_before_the_next(tmp_path: Path, monkey
     assert read(path).damaged == read(path).torn == 0
 
 
-@pytest.mark.parametrize("sync", [False, True])
-def test_sync_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sync: bool) -> None:
-    waited: list[str] = []
-    for name in ("fsync", "fdatasync"):
-        monkeypatch.setattr(os, name, lambda fd, name=name: waited.append(name))
-    path = tmp_path / "journal"
-    journal = Journal(path, read(path), sync=sync)
-    journal.append(["x"])
-    journal.close()
-    assert waited == (["fsync", "fsync", "fdatasync"] if sync else [])
-
-
 def test_only_its_owner_reads_it(tmp_path: Path) -> None:
     written(tmp_path / "journal")
     assert (tmp_path / "journal").stat().st_mode & 0o777 == 0o600

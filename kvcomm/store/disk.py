@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 import gc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import ClassVar
@@ -35,7 +35,6 @@ __all__ = [
     "Collected",
     "DiskStore",
     "Opened",
-    "Verified",
 ]
 
 DISK_FULL = "disk-full"  # why put kept nothing: no room, over the system's quota or its limit for one file
@@ -71,15 +70,6 @@ class Collected:
     missing: int  # entries without a file
     journal_before: int  # bytes
     journal_after: int
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What `verify` read."""
-
-    objects: int
-    nbytes: int
-    damaged: Mapping[str, str] = field(default_factory=dict)  # key -> reason
 
 
 class DiskStore(RecordStore):
@@ -210,12 +200,6 @@ class DiskStore(RecordStore):
             except OSError as fault:
                 reason = MISSING if isinstance(fault, FileNotFoundError) else DISK_FAILED
             yield entry, reason
-
-    def verify(self) -> Verified:
-        """`checked`, in sum."""
-        results = list(self.checked())
-        damaged = {entry.key: reason for entry, reason in results if reason}
-        return Verified(len(results), sum(entry.nbytes for entry, _ in results), damaged)
 
     def gc(self) -> Collected:
         """Remove what is no object: files that nobody knows, what was set aside as damaged, what killed writers left, and

@@ -141,10 +141,6 @@ class Book(Generic[K]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def nbytes_of(self, tenant: str) -> int:
-        found = self._tenants.get(tenant)
-        return found.nbytes if found else 0
-
     def pins(self, key: K) -> int:
         """How often `key` is pinned; 0 where it is unknown."""
         found = self._entries.get(key)

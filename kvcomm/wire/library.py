@@ -191,10 +191,6 @@ class Library:
                     self.index.remove(key)
         return count
 
-    def restore(self, segments: Iterable[Segment]) -> int:
-        """Knows the text of what the tiers below have kept since the last time; how many there are."""
-        return sum(segment.key not in self.index.add(segment) for segment in segments)
-
     def page(self, tenant: str, after: str, count: int) -> list[Listed]:
         """The tenant's, in memory or below, as `RecordStore.page`; without those of a tier that fails."""
         found: dict[str, Listed] = {}

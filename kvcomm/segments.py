@@ -6,6 +6,7 @@ tensor start quickly.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,10 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["RUNGS", "Ids", "Plan", "ReuseReport", "Rung", "Segment", "SegmentKV", "Span", "SpanReport"]
+__all__ = ["KEY", "RUNGS", "Ids", "Plan", "ReuseReport", "Rung", "Segment", "SegmentKV", "Span", "SpanReport"]
+
+KEY = re.compile(r"[0-9a-f]{32}")
+"""What `Segment.key` and other digests look like."""
 
 Ids = npt.NDArray[np.int32]
 """Token ids, [tokens]."""

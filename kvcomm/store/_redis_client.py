@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from kvcomm.errors import InputError
-from kvcomm.store.remote import RemoteFault
+from kvcomm.store.remote import RemoteFault, without_password
 
 if TYPE_CHECKING:
     from redis import Redis
 
-__all__ = ["Client", "without_password"]
+__all__ = ["Client"]
 
 SCHEMES = {"redis": "redis", "rediss": "rediss", "valkey": "redis", "valkeys": "rediss", "unix": "unix"}
 MISSING = "a Redis tier needs the package redis: pip install 'kvcomm[redis]'"
@@ -65,13 +65,6 @@ class Client:
     def close(self) -> None:
         self.redis.close()
         self.redis.connection_pool.disconnect()
-
-
-def without_password(url: str) -> str:
-    """The URL as it may be shown: no user, no password, no options."""
-    scheme, _, rest = url.partition("://")
-    rest = rest.partition("?")[0]
-    return f"{scheme}://{rest.rpartition('@')[2]}"
 
 
 def _checked(url: str) -> tuple[str, str]:

@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 
 from kvcomm.errors import InputError
+from kvcomm.segments import KEY
 from kvcomm.store.record import DAMAGED, PREFIX, Bytes, Record, Unreadable, header_end
 
 __all__ = ["KEPT_BYTES", "KEPT_FILES", "Folder"]
 
 KEPT_FILES, KEPT_BYTES = 16, 256 << 20  # of what was damaged, for whoever wants to look at it
 
-_KEY = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _OBJECT = re.compile(r"[0-9a-f]{32}\.kv", re.ASCII)
 _PART = re.compile(r"[0-9]+\.part", re.ASCII)
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -186,7 +186,7 @@ class Folder:
             yield from sorted(f.path for f in folders if len(f.name) == 2 and f.is_dir(follow_symlinks=False))
 
     def _object(self, key: str) -> Path:
-        if not _KEY.fullmatch(key):
+        if not KEY.fullmatch(key):
             raise Unreadable(DAMAGED, f"{key!r} is no key: 32 digits of 0-9a-f were expected")
         return self.path / "objects" / key[:2] / f"{key}.kv"
 

@@ -14,6 +14,7 @@ import re
 import socket
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -176,7 +177,7 @@ class MooncakeStore(RemoteStore):
     def _put(self, values: Mapping[str, Any], *, replace: bool) -> list[int]:
         """0 or what is wrong, for each; a value under a name that is there is replaced, or not looked at."""
         sizes = [len(value) for value in values.values()]
-        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+        offsets = [*accumulate(sizes, initial=0)][:-1]
         fd = os.memfd_create("kvcomm-mooncake")
         try:
             for offset, value in zip(offsets, values.values(), strict=True):

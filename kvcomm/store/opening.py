@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 from kvcomm.errors import InputError
 from kvcomm.store.guarded import Guarded
 from kvcomm.store.records import RecordStore
-from kvcomm.store.remote import RemoteStore
+from kvcomm.store.remote import RemoteStore, without_password
 
 __all__ = ["nbytes_of", "open_remote", "open_store"]
 
@@ -51,14 +51,14 @@ def open_store(text: str) -> RecordStore:
         return _disk(rest)
     if found and kind in (*_REDIS, "mooncake"):
         return open_remote(text)
-    raise InputError(f"{_shown(text)!r} is no store; there are {FORMS}")
+    raise InputError(f"{without_password(text)!r} is no store; there are {FORMS}")
 
 
 def open_remote(text: str) -> Guarded:
     """As `open_store`, of stores on other machines: they carry notes as well."""
     kind, found, _ = text.partition("://")
     if not found or kind not in (*_REDIS, "mooncake"):
-        raise InputError(f"{_shown(text)!r} is no store on another machine; there are {REMOTE_FORMS}")
+        raise InputError(f"{without_password(text)!r} is no store on another machine; there are {REMOTE_FORMS}")
     options = _Options(text)
     deadline_s = options.take("deadline", _seconds, 2.0)
     inner = _mooncake(options) if kind == "mooncake" else _redis(options)
@@ -70,7 +70,7 @@ class _Options:
 
     def __init__(self, text: str) -> None:
         self.place, found, query = text.partition("?")
-        self.shown = _shown(text)
+        self.shown = without_password(text)
         self._left = dict(parse_qsl(query, keep_blank_values=True))
         if found and not self._left:
             raise InputError(f"{self.shown!r} has a question mark and no options behind it: name=value&...")
@@ -133,9 +133,3 @@ def _seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise InputError("seconds above 0 were expected")
     return value
-
-
-def _shown(text: str) -> str:
-    """Without what may be a password."""
-    kind, found, rest = text.partition("://")
-    return f"{kind}://{rest.partition('?')[0].rpartition('@')[2]}" if found else text

@@ -12,7 +12,7 @@ from kvcomm.store.base import StoreStats
 from kvcomm.store.record import Record, Unreadable
 from kvcomm.store.records import Counts, RecordStore
 
-__all__ = ["FULL", "INCOMPLETE", "PEER_LOST", "Census", "RemoteFault", "RemoteStore", "peek"]
+__all__ = ["FULL", "INCOMPLETE", "PEER_LOST", "Census", "RemoteFault", "RemoteStore", "peek", "without_password"]
 
 FULL = "store-full"  # why put kept nothing: the service has no memory for it
 INCOMPLETE = "incomplete"  # why get found nothing: a part of the record left on its own
@@ -73,3 +73,9 @@ def peek(beginning: bytes, nbytes: int) -> Segment | None:
         return Record.begun(beginning, nbytes).segment
     except Unreadable:
         return None
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown: no user, no password, no options. What is no URL is shown as it is."""
+    scheme, found, rest = url.partition("://")
+    return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}" if found else url

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 from kvcomm.anchors.entry import Entry, Layout, pack_manifest, unpack_manifest
 from kvcomm.errors import CacheFault, InputError
+from kvcomm.segments import KEY
 from kvcomm.wire import protocol as p
 
 __all__ = ["MAX_DOCUMENT", "MAX_ENTRY", "pack_entry", "unpack_entry"]
 
 MAX_ENTRY = 1 << 16  # bytes
 MAX_DOCUMENT = p.MAX_PAYLOAD - (4 << 20)  # bytes; whatever stands beside one in a reply has the rest
-_KEY = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
 def pack_entry(entry: Entry) -> bytes:
@@ -30,7 +28,7 @@ def unpack_entry(data: bytes) -> Entry:
     names = (entry.slot, entry.fingerprint, entry.tenant)
     if not all(isinstance(name, str) and len(name) <= p.MAX_TEXT for name in names):
         raise CacheFault("the names of an entry are no texts")
-    if not all(isinstance(digest, str) and _KEY.fullmatch(digest) for digest in (entry.key, entry.checksum)):
+    if not all(isinstance(digest, str) and KEY.fullmatch(digest) for digest in (entry.key, entry.checksum)):
         raise CacheFault("the key or the checksum of an entry is not 32 digits of 0-9a-f")
     if type(entry.nbytes) is not int or not all(map(_sound, (entry.base, entry.deviation))):
         raise CacheFault(f"entry {entry.key} says nothing usable of its document")

@@ -32,6 +32,7 @@ from kvcomm.errors import CacheFault, InputError, KVCommError
 from kvcomm.wire import protocol as p
 from kvcomm.wire.anchor_entry import MAX_DOCUMENT, pack_entry, unpack_entry
 from kvcomm.wire.anchor_log import DISK
+from kvcomm.wire.anchor_shelf import Room
 from kvcomm.wire.transport import Unreachable
 
 __all__ = ["Caller", "SharedPool"]
@@ -40,9 +41,6 @@ ROOMS = 1024  # tenants' models that are followed; the one not read for longest 
 UNSENT = 256  # anchors that wait for a server that cannot be asked; of more, the oldest stay in this process
 log = logging.getLogger(__name__)
 MOMENT = 0.1  # s that a reader may spend on following; what is left then is left to the next
-
-Room = tuple[str, str]
-"""Tenant and fingerprint."""
 
 
 class Caller(Protocol):

@@ -10,7 +10,6 @@ whoever hears it says so and hangs up.
 from __future__ import annotations
 
 import math
-import re
 import struct
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, get_type_hints
@@ -18,6 +17,7 @@ from typing import Any, ClassVar, get_type_hints
 import msgpack
 
 from kvcomm.errors import KVCommError
+from kvcomm.segments import KEY
 
 __all__ = [
     "FD",
@@ -64,7 +64,6 @@ MAX_FIELDS = 16  # of a request
 PREFIX = struct.Struct("<2sBBIQ")
 FD = b"F"  # the byte that the descriptor of the server's memory comes with, in front of the first reply at a Unix socket
 _MAGIC = b"KV"
-_KEY = re.compile(r"[0-9a-f]{32}")
 
 
 class Malformed(KVCommError):
@@ -367,4 +366,4 @@ def _is(value: object, hint: object) -> bool:
 
 
 def _bad_keys(keys: list[str]) -> str | None:
-    return next((f"{key[:40]!r} is no key" for key in keys if not _KEY.fullmatch(key)), None)
+    return next((f"{key[:40]!r} is no key" for key in keys if not KEY.fullmatch(key)), None)

@@ -96,7 +96,7 @@ class Hello(Request):
     client: str
 
     def check(self) -> str | None:
-        return None if _KEY.fullmatch(self.client) else f"{self.client[:40]!r} names no client"
+        return None if KEY.fullmatch(self.client) else f"{self.client[:40]!r} names no client"
 
 
 @dataclass(frozen=True)

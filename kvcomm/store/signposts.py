@@ -112,11 +112,12 @@ class Signposts:
         except CacheFault as fault:
             self._fault("notes", fault)
             return found
-        leads = Leads(ids, weights, self._sightings(notes))
+        sightings, known = self._sightings(notes)
+        leads = Leads(ids, weights, sightings)
         self._count(asked=1, notes=len(notes))
         loaded = self._load(leads, fingerprint, tenant, math.inf if ms_per_token is None else ms_per_token)
         self._quiet.add(leads.settled())
-        if loaded:
+        if loaded or known:
             found = local()
             self._count(useless=len(loaded - {match.segment.key for match in found.matches}))
         declined = Counter(found.declined) + leads.declined()
@@ -160,15 +161,18 @@ class Signposts:
         names = note_names(fingerprint, tenant, hashes[:MAX_NOTES].tolist())
         return {name: count for name, count in zip(names, counts.tolist(), strict=False) if name not in self._quiet}
 
-    def _sightings(self, notes: Mapping[str, bytes]) -> dict[str, list[Sighting]]:
-        """By name; of segments that are not known here and were not missed lately."""
-        out = {}
+    def _sightings(self, notes: Mapping[str, bytes]) -> tuple[dict[str, list[Sighting]], bool]:
+        """By name; of segments that are not known here and were not missed lately. And is one known, by now?"""
+        out, known = {}, False
         for name, note in notes.items():
             try:
-                out[name] = [s for s in unpack(note) if s.key not in self._quiet and s.key not in self.local]
+                seen = unpack(note)
             except CacheFault as fault:
                 self._fault("note", fault)
-        return out
+                continue
+            out[name] = [s for s in seen if s.key not in self._quiet and s.key not in self.local]
+            known = known or any(s.key in self.local for s in seen)
+        return out, known
 
     def _load(self, leads: Leads, fingerprint: str, tenant: str, ms_per_token: float) -> set[str]:
         """Keys of the segments that the local index knows now."""

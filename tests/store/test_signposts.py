@@ -212,6 +212,21 @@ def test_two_hosts_with_stacks_over_one_store() -> None:
     assert stacks[1].get_records([r.key])[r.key].data.tobytes() == r.data.tobytes()
 
 
+def test_what_becomes_known_meanwhile_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a start, texts of the disk are made known while prompts are searched."""
+    remote, known = Remote(), text(1, 100)
+    r = record(known)
+    keep(host(remote), r)
+    here, real = host(remote), remote.get_notes
+
+    def late(names: Sequence[str]) -> dict[str, bytes]:
+        here.local.add(r.segment)
+        return real(names)
+
+    monkeypatch.setattr(remote, "get_notes", late)
+    assert covered(look(here, known)) == [(0, 100)]
+
+
 def test_what_is_known_here_asks_nobody() -> None:
     remote = Remote()
     one = host(remote)

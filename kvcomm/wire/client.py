@@ -25,6 +25,8 @@ from kvcomm.errors import InputError
 from kvcomm.segments import Segment, SegmentKV
 from kvcomm.store.base import Kept, StoreStats, check_kv
 from kvcomm.store.breaker import ENOUGH, Breaker, Open
+from kvcomm.store.deadline import SLOWEST
+from kvcomm.store.priced import RETRY
 from kvcomm.store.record import Bytes, Draft, Record, empty
 from kvcomm.store.records import Counts, Listed, RecordStore
 from kvcomm.wire import protocol as p
@@ -36,6 +38,7 @@ from kvcomm.wire.transport import Answer, Connection, Holdings, Unreachable
 __all__ = ["ServerStore"]
 
 HELD = 256  # prompts whose finds are held; of more, those found first are let go
+PUTS = 4.0  # deadlines that a put is waited for, besides the time that its bytes take: the server has tiers that are far
 CONNECTIONS = 64  # tenants with a connection of their own; the one not used for longest is closed
 
 
@@ -66,7 +69,7 @@ class ServerStore(RecordStore):
         if not deadline_s > 0 or not wait_ms >= 0:
             raise InputError(f"deadline_s is {deadline_s} and wait_ms {wait_ms}; they must be above 0, and at least 0")
         self.address = address if isinstance(address, Address) else address_of(address)
-        self.tenant, self.wait_ms, self._reads_kv = tenant, wait_ms, reads_kv
+        self.tenant, self.wait_ms, self.reads_kv = tenant, wait_ms, reads_kv
         self._holdings = Holdings()
         self._tokens: Mapping[str, str] = {"*": token} if isinstance(token, str) else token
         self._options: Mapping[str, Any] = {"tls": tls, "deadline_s": deadline_s, "holdings": self._holdings}
@@ -75,6 +78,7 @@ class ServerStore(RecordStore):
         self._tenants: OrderedDict[str, str] = OrderedDict()  # key -> tenant, of what was found or put lately
         self._counts = Counts()
         self._breaker = Breaker(monotonic, lost_s=ENOUGH * deadline_s, first_s=0.1, longest_s=5.0)
+        self._finds = 0
         self._closed = False
         self._lock = Lock()
         self.index = ServerIndex(self)
@@ -91,12 +95,13 @@ class ServerStore(RecordStore):
 
     def get_records(self, keys: Iterable[str]) -> dict[str, Record]:
         asked = list(dict.fromkeys(keys))
-        found = {key: record for key in asked if (record := self._held_record(key)) is not None}
+        held = asked if self.reads_kv else ()  # else headers alone may be held
+        found = {key: record for key in held if (record := self._held_record(key)) is not None}
         for tenant, wanted in self._by_tenant(key for key in asked if key not in found).items():
             connection = self._connection(tenant)
             with self._guarded():
                 answer = connection.ask(p.Get(wanted))
-            found |= self._received(connection, answer)
+            found |= self._received(connection, answer, whole=True)
         self._counts.looked_up(len(found), len(asked))
         return found
 
@@ -161,16 +166,25 @@ class ServerStore(RecordStore):
             return connection.call(request, deadline_s=deadline_s)
 
     def find(self, tenant: str, request: p.Find) -> tuple[dict[str, Any], dict[str, Record]]:
-        """The reply and the records that came with it: verified, and held for `get_many` until the flight's `drop`."""
+        """The reply and the records that came with it: verified, and held for `get_many` until the flight's `drop`. Where KV is
+        not read, their headers alone are, and may be all that came.
+        """
         connection = self._connection(tenant)
         with self._guarded():
             answer = connection.ask(request, deadline_s=connection.deadline_s + request.wait_ms / 1e3)
-        found, reply = self._received(connection, answer), answer.fields
+        found, reply = self._received(connection, answer, whole=self.reads_kv), answer.fields
         with self._lock, self.understood():
             self._held[reply["flight"]] = dict(found)
             while len(self._held) > HELD:
                 self._held.popitem(last=False)
         return reply, found
+
+    def ms_per_mib(self) -> float | None:
+        """What receiving takes, where it comes over a network, for the server to judge whether it is worth it. One time in 20
+        None: the network may have become fast.
+        """
+        self._finds += 1
+        return None if self._finds % RETRY == 0 else self._holdings.network.predicted_ms(1 << 20)
 
     def drop(self, flight: int) -> None:
         """What was found for this prompt is not needed any more."""
@@ -193,7 +207,7 @@ class ServerStore(RecordStore):
         """Around what reads a reply: one that is not what was asked for is a fault of the server."""
         try:
             yield
-        except (LookupError, TypeError, ValueError) as fault:
+        except (LookupError, TypeError, ValueError, MemoryError) as fault:
             self._counts.fault("malformed")
             raise Unreachable("malformed", f"{self.address} replies something else: {fault!r}") from fault
 
@@ -209,7 +223,7 @@ class ServerStore(RecordStore):
         with self._guarded():
             if not connection.shares_memory:
                 record = source if isinstance(source, Record) else source.write(empty(source.nbytes))
-                reply, _ = connection.call(p.Put(key), record.data)
+                reply, _ = connection.call(p.Put(key), record.data, deadline_s=_patience(connection, record.nbytes))
             else:
                 reply = self._written(connection, source)
         self.belong([key], segment.tenant)
@@ -230,19 +244,19 @@ class ServerStore(RecordStore):
                 source.write(target)
             else:
                 target[:] = source.data
-            return connection.ask(p.Commit(number), epoch=reserved.epoch).fields
+            answer = connection.ask(p.Commit(number), deadline_s=_patience(connection, source.nbytes), epoch=reserved.epoch)
+            return answer.fields
         except BaseException:
             connection.let_go(reserved.epoch, number)
             raise
 
-    def _received(self, connection: Connection, answer: Answer) -> dict[str, Record]:
-        """The records of a reply, every byte verified; the server is told of those that are damaged."""
+    def _received(self, connection: Connection, answer: Answer, *, whole: bool) -> dict[str, Record]:
+        """The records of a reply, verified; the server is told of those that are damaged. `whole`: with their tensors."""
         found: dict[str, Record] = {}
         damaged: list[str] = []
         with self.understood():
-            for key, data in self._pieces(connection, answer):
-                record = Record(data)
-                if self._counts.sound(record, key, whole=self._reads_kv):
+            for key, record in self._pieces(connection, answer):
+                if self._counts.sound(record, key, whole=whole):
                     found[key] = record
                 else:
                     damaged.append(key)
@@ -253,22 +267,28 @@ class ServerStore(RecordStore):
                 connection.call(p.Remove(damaged, damaged=True))
         return found
 
-    def _pieces(self, connection: Connection, answer: Answer) -> Iterator[tuple[str, Bytes]]:
+    def _pieces(self, connection: Connection, answer: Answer) -> Iterator[tuple[str, Record]]:
+        """From memory: key, offset, bytes, number of the lease. From a body: key, bytes that came, bytes of it all, 0."""
         body, start = answer.body, 0
-        for key, offset, nbytes, number in answer.fields["objects"]:
+        for key, place, nbytes, number in answer.fields["objects"]:
             if answer.window is not None:
                 # Of a memoryview, not of an array: numpy makes what is cut from this array refer to it, and not past it.
-                data = np.frombuffer(answer.window.read(offset, nbytes).data, np.uint8)
+                data = np.frombuffer(answer.window.read(place, nbytes).data, np.uint8)
                 weakref.finalize(data, connection.let_go, answer.epoch, number).atexit = False
-            elif body is None or start + nbytes > body.nbytes:
+                yield key, Record(data)
+                continue
+            if body is None or start + place > body.nbytes:
                 raise Unreachable("malformed", f"{connection.address} announces more bytes than it sends")
-            else:
-                data = body[start : start + nbytes]
-                if data.ctypes.data % 64:
-                    data = empty(nbytes)
-                    data[:] = body[start : start + nbytes]
-                start += nbytes
-            yield key, data
+            data = body[start : start + place]
+            start += place
+            if place < nbytes:
+                yield key, Record.begun(data.tobytes(), nbytes)
+                continue
+            if data.ctypes.data % 64:
+                moved = empty(nbytes)
+                moved[:] = data
+                data = moved
+            yield key, Record(data)
 
     def _held_record(self, key: str) -> Record | None:
         with self._lock:
@@ -325,3 +345,8 @@ class ServerStore(RecordStore):
             raise Unreachable("breaker-open", f"{self.address} failed lately; {wait}") from None
         if other is not None:
             raise other
+
+
+def _patience(connection: Connection, nbytes: int) -> float:
+    """Seconds for a put of so many bytes."""
+    return PUTS * connection.deadline_s + nbytes / SLOWEST

@@ -38,7 +38,7 @@ class ServerIndex:
     ) -> Found:
         """Waits for others who are computing the same text, if that is worth it. Raises CacheFault."""
         sent = np.ascontiguousarray(ids, dtype="<i4").tobytes()
-        request = p.Find(fingerprint, sent, ms_per_token, self._store.wait_ms, lease=True)
+        request = p.Find(fingerprint, sent, ms_per_token, self._store.wait_ms, self._store.reads_kv, self._store.ms_per_mib())
         reply, records = self._store.find(tenant, request)
         matches: list[Match] = []
         with self._store.understood():

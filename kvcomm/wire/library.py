@@ -27,7 +27,9 @@ __all__ = ["NOT_FOUND_AGAIN", "OTHER_TENANT", "QUICK", "Library", "Shelved"]
 
 OTHER_TENANT = "other-tenant"  # the record is not of the tenant that its client is bound to
 NOT_FOUND_AGAIN = "too-short-to-find"  # no prompt would ever find it
+SLOW_NETWORK = "network-slower-than-computing"  # known, and not worth sending to another host
 MEMORY_FULL = "memory-full"  # known, but there is no memory to lease it in
+MIB = 1 << 20
 QUICK = 1 << 13  # tokens that are searched for in a moment
 QUEUE = 1 << 30  # bytes that wait to be written down, at most
 BRINGINGS = 2  # more, of what was evicted before it could be pinned
@@ -81,9 +83,7 @@ class Library:
         """
         for _ in range(ATTEMPTS):
             found = self.index.look(ids, fingerprint=fingerprint, tenant=tenant, ms_per_token=ms_per_token)
-            tokens: Counter[str] = Counter()
-            for match in found.matches:
-                tokens[match.segment.key] += match.tokens
+            tokens = _tokens(found.matches)
             slots, missing = self._pinned(tokens)
             price = float("inf") if ms_per_token is None else ms_per_token
             loaded, reasons = self._loaded({key: price * tokens[key] for key in missing})
@@ -97,6 +97,19 @@ class Library:
             self._forget(gone)
             self.unpin(slots.values())
         return Shelved([], [])
+
+    def worth_sending(self, found: Shelved, ms_per_token: float, ms_per_mib: float) -> Shelved:
+        """Without what takes longer to send to another host than to compute there, unpinned."""
+        tokens = _tokens(found.matches)
+        slow = {s.key: s for s in found.slots if s.nbytes / MIB * ms_per_mib > tokens[s.key] * ms_per_token}
+        if not slow:
+            return found
+        self.unpin(slow.values())
+        return Shelved(
+            [match for match in found.matches if match.segment.key not in slow],
+            [slot for slot in found.slots if slot.key not in slow],
+            {**found.declined, SLOW_NETWORK: sum(tokens[key] for key in slow)},
+        )
 
     def _loaded(self, prices: dict[str, float]) -> tuple[dict[str, Slot], dict[str, str]]:
         """What the tiers below have of these, in memory now; and why others, which they have too, are not."""
@@ -249,6 +262,14 @@ class Library:
     def _forget(self, keys: Iterable[str]) -> None:
         for key in keys:
             self.index.remove(key)
+
+
+def _tokens(matches: Iterable[Match]) -> Counter[str]:
+    """Of a prompt, by the key of the segment that has them."""
+    tokens = Counter[str]()
+    for match in matches:
+        tokens[match.segment.key] += match.tokens
+    return tokens
 
 
 def ids_of(data: bytes) -> Ids:

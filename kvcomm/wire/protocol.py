@@ -108,12 +108,13 @@ class Find(Request):
     ids: bytes  # int32, little-endian
     ms_per_token: float | None  # what computing a token costs the client; None: not measured yet
     wait_ms: float  # for others who are computing the same text, at most
-    lease: bool  # False: the places alone
+    kv: bool  # False: over TCP headers alone
+    ms_per_mib: float | None  # what a MiB took the client to receive lately; None: not measured, or not to be judged by
 
     def check(self) -> str | None:
         if not self.ids or len(self.ids) % 4 or len(self.ids) // 4 > MAX_TOKENS:
             return f"{len(self.ids)} bytes of token ids"
-        return None if self.wait_ms >= 0 and (self.ms_per_token or 0) >= 0 else "a negative time"
+        return "a negative time" if min(self.wait_ms, self.ms_per_token or 0, self.ms_per_mib or 0) < 0 else None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import msgpack
 from kvcomm._version import __version__
 from kvcomm.errors import KVCommError
 from kvcomm.store.base import Kept
-from kvcomm.store.record import Bytes, Record, Unreadable, empty
+from kvcomm.store.record import PREFIX, Bytes, Record, Unreadable, empty, header_end
 from kvcomm.store.slabs import Slot
 from kvcomm.wire import protocol as p
 from kvcomm.wire.library import ids_of
@@ -49,6 +49,7 @@ class _Body:
 
     fields: dict[str, Any]
     slots: list[Slot]
+    sizes: list[int]  # bytes of each that are sent
 
 
 class Session:
@@ -222,23 +223,24 @@ class Session:
             waited = (loop.time() - began) * 1e3
         if waited is not None:
             self._server.counters.waited += 1
+        if self._peer is None and request.kv and request.ms_per_token is not None and request.ms_per_mib is not None:
+            found = library.worth_sending(found, request.ms_per_token, request.ms_per_mib)
         fields = {
             "matches": [[m.start, m.end, m.segment.key, m.offset, m.exact] for m in found.matches],
             "declined": found.declined,
             "waited_ms": waited,
             "flight": flight,
         }
-        if not request.lease:
-            library.unpin(found.slots)
-            return {**fields, "objects": []}
-        return self._leased(fields, found.slots)
+        return self._leased(fields, found.slots, kv=request.kv)
 
-    def _leased(self, fields: dict[str, Any], slots: list[Slot]) -> dict[str, Any] | _Body:
-        """The reply that hands these out: as places in shared memory, or as bytes."""
+    def _leased(self, fields: dict[str, Any], slots: list[Slot], *, kv: bool = True) -> dict[str, Any] | _Body:
+        """The reply that hands these out: as places in shared memory, or as bytes, then without `kv` their headers alone."""
         self._server.counters.handed_out += len(slots)
         self._server.counters.handed_out_bytes += sum(slot.nbytes for slot in slots)
         if self._peer is None:
-            return _Body({**fields, "objects": [[s.key, 0, s.nbytes, 0] for s in slots]}, slots)
+            sizes = [s.nbytes if kv else self._header_of(s) for s in slots]
+            objects = [[s.key, size, s.nbytes, 0] for s, size in zip(slots, sizes, strict=True)]
+            return _Body({**fields, "objects": objects}, slots, sizes)
         self._handed = tuple(self._server.peers.lease(self._peer, slot) for slot in slots)
         objects = [[s.key, s.offset, s.nbytes, number] for s, number in zip(slots, self._handed, strict=True)]
         return {**fields, "objects": objects}
@@ -315,19 +317,23 @@ class Session:
 
     async def _reply(self, reply: dict[str, Any] | _Body) -> None:
         self._replies += 1
-        fields, slots = (reply.fields, reply.slots) if isinstance(reply, _Body) else (reply, [])
+        fields, slots, sizes = (reply.fields, reply.slots, reply.sizes) if isinstance(reply, _Body) else (reply, [], [])
         try:
-            self._writer.write(p.frame(msgpack.packb(fields), sum(slot.nbytes for slot in slots)))
+            self._writer.write(p.frame(msgpack.packb(fields), sum(sizes)))
             async with asyncio.timeout(PATIENCE):
                 await self._writer.drain()
-            for slot in slots:
-                view = self._library.slabs.arena.view(slot.offset, slot.nbytes)
-                for start in range(0, slot.nbytes, CHUNK):
+            for slot, size in zip(slots, sizes, strict=True):
+                view = self._library.slabs.arena.view(slot.offset, size)
+                for start in range(0, size, CHUNK):
                     self._writer.write(view[start : start + CHUNK].data)
                     async with asyncio.timeout(PATIENCE):
                         await self._writer.drain()
         finally:
             self._library.unpin(slots)
+
+    def _header_of(self, slot: Slot) -> int:
+        """Bytes of its record in front of the tensors."""
+        return min(slot.nbytes, header_end(self._library.slabs.arena.view(slot.offset, PREFIX).tobytes()))
 
     async def _last_words(self, error: str, text: str) -> None:
         with suppress(TimeoutError, ConnectionError):

@@ -10,7 +10,9 @@ import os
 import socket
 import ssl
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from threading import Lock
 from time import monotonic
 from typing import Any
@@ -19,13 +21,16 @@ from uuid import uuid4
 from kvcomm._version import __version__
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.store.arena import Window
+from kvcomm.store.deadline import SLOWEST
 from kvcomm.store.record import Bytes, empty
+from kvcomm.store.speed import Speed
 from kvcomm.wire import protocol as p
 from kvcomm.wire.address import Address, is_trusted, other_end
 
 __all__ = ["Answer", "Connection", "Holdings", "Unreachable"]
 
 CHUNK = 1 << 20
+LAST_WORDS = 0.1  # s
 RELEASED = 1 << 12  # leases that one frame gives back
 MADE_ANEW = "made-anew"  # the server that a request is meant for is not there any more
 
@@ -49,6 +54,7 @@ class Holdings:
     def __init__(self) -> None:
         self.released: deque[_News] = deque()  # a number: may grow in any thread, at any moment
         self.lost: deque[_News] = deque()  # a connection that failed, and how many replies have arrived on it
+        self.network = Speed()  # of what comes over TCP, once it has begun to
         self._clients: dict[int, str] = {}  # by process: those that it was forked from among them
         self._epoch = ""
         self._window: Window | None = None
@@ -168,6 +174,10 @@ class Connection:
 
     def close(self) -> None:
         with self._lock:
+            if self._socket is not None and self._pid == os.getpid():
+                with suppress(OSError):
+                    self._socket.settimeout(LAST_WORDS)
+                    self._socket.sendall(self._news())
             self._drop()
             if self._alone:
                 self._holdings.close()
@@ -213,6 +223,7 @@ class Connection:
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.address.tls:
                 context = self._tls or ssl.create_default_context()
+                made.settimeout(_left(deadline))
                 made = context.wrap_socket(made, server_hostname=self.address.host)
         try:
             return self._greet(made, deadline)
@@ -248,8 +259,7 @@ class Connection:
         return made
 
     def _send(self, connection: socket.socket, payload: bytes, body: Bytes | None, deadline: float) -> None:
-        released, lost = self._to_tell(self._holdings.released), self._to_tell(self._holdings.lost)
-        front = p.frame(p.pack_request(p.Release(released, lost))) if released or lost else b""
+        front = self._news()
         connection.settimeout(_left(deadline))
         connection.sendall(front + p.frame(payload, 0 if body is None else body.nbytes))
         if body is not None:
@@ -261,7 +271,17 @@ class Connection:
         prefix = first + _exactly(connection, p.PREFIX.size - len(first), deadline).tobytes()
         payload, body = p.lengths(prefix, self._most_body)
         reply = p.reply_of(_exactly(connection, payload, deadline).tobytes())
-        return reply, _exactly(connection, body, deadline) if body else None
+        if not body:
+            return reply, None
+        began = monotonic()
+        data = _exactly(connection, body, deadline + body / SLOWEST, self.deadline_s)
+        self._holdings.network.observe(body, (monotonic() - began) * 1e3)
+        return reply, data
+
+    def _news(self) -> bytes:
+        """A frame, where the server is to be told something."""
+        released, lost = self._to_tell(self._holdings.released), self._to_tell(self._holdings.lost)
+        return p.frame(p.pack_request(p.Release(released, lost))) if released or lost else b""
 
     def _to_tell(self, queue: deque[_News]) -> list[int]:
         """The next of what the server is to be told; what another one was to be told is forgotten."""
@@ -298,11 +318,12 @@ def _check_owner(connection: socket.socket, address: Address) -> None:
         raise InputError(f"{address} is served by user {uid}; only this user's own server, or root's, is trusted")
 
 
-def _exactly(connection: socket.socket, count: int, deadline: float) -> Bytes:
+def _exactly(connection: socket.socket, count: int, deadline: float, patience: float = inf) -> Bytes:
+    """`patience`: seconds for each piece."""
     data = empty(count)
     view, read = data.data, 0
     while read < count:
-        connection.settimeout(_left(deadline))
+        connection.settimeout(min(_left(deadline), patience))
         got = connection.recv_into(view[read:])
         if not got:
             raise EOFError("the server hung up")

@@ -46,8 +46,8 @@ IDS = struct.pack("<40i", *range(40))
 
 HELLO = p.Hello(p.VERSION, "0", TENANT, TOKEN, KEY)
 VALID: tuple[p.Request, ...] = (
-    p.Find("f", IDS, 1.5, 0.0, lease=True),
-    p.Find("f", IDS, None, 1e300, lease=False),
+    p.Find("f", IDS, 1.5, 0.0, kv=True, ms_per_mib=None),
+    p.Find("f", IDS, None, 1e300, kv=False, ms_per_mib=None),
     p.Get([KEY, KEY[::-1]]),
     p.Has([KEY]),
     p.Reserve(KEY, 5000, 1.0),
@@ -368,7 +368,7 @@ class Attacker:
     def hang_up(self) -> None:
         """In the middle of whatever the server does."""
         with self._greeted() as made:
-            find = p.Find("f", self._rng.randbytes(4000), None, 100.0, lease=True)
+            find = p.Find("f", self._rng.randbytes(4000), None, 100.0, kv=True, ms_per_mib=None)
             request = self._rng.choice((find, p.Stats(), p.List("", 9)))
             with suppress(ConnectionError):
                 made.sendall(p.frame(p.pack_request(request)) * self._rng.choice((1, 3)))

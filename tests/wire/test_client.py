@@ -214,6 +214,32 @@ def test_a_list_is_whole_whatever_is_used_meanwhile(start: Start, folder: Path, 
         assert {s.key for s in theirs.segments()} == {foreign.key}
 
 
+def test_a_closed_store_holds_nothing(start: Start) -> None:
+    """Though its process goes on: what it read last is given back as it closes."""
+    running = start()
+    store, s = running.store(), segment(50)
+    store.put(s, kv_of(s))
+    assert store.get(s.key) is not None
+    assert store.index.look(s.ids, fingerprint="f").matches
+    store.close()
+    assert until(lambda: held(running) == (0, 0))
+
+
+def test_a_put_may_take_longer_than_a_question(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server has tiers that are far."""
+    running = start()
+    library, store, s = running.server.library, running.store(deadline_s=0.2), segment(50)
+    real = library.commit
+
+    def slow(*given: Any) -> Any:
+        sleep(0.4)
+        return real(*given)
+
+    monkeypatch.setattr(library, "commit", slow)
+    assert store.put(s, kv_of(s))
+    store.close()
+
+
 def test_a_closed_store_asks_nobody(start: Start) -> None:
     running = start()
     store, s = running.store(), segment(50)

@@ -12,6 +12,8 @@ import subprocess
 import threading
 from contextlib import closing
 from pathlib import Path
+from time import monotonic
+from typing import Any
 
 import msgpack
 import pytest
@@ -22,7 +24,7 @@ from kvcomm.store.record import Record
 from kvcomm.wire import protocol as p
 from kvcomm.wire.address import Address
 from kvcomm.wire.client import ServerStore
-from kvcomm.wire.transport import Connection, Unreachable
+from kvcomm.wire.transport import Connection, Unreachable, _exactly
 from tests.wire.conftest import Running, Start, equal, kv_of, segment
 from tests.wire.test_client import held, until
 
@@ -90,6 +92,56 @@ def test_records_travel_both_ways(served: Running, address: Address) -> None:
     slabs = served.server.library.slabs
     assert all(not slabs._book.pins(generation) or held(served)[0] for generation in slabs._kept.values())
     slabs.check_integrity()
+
+
+def test_what_takes_longer_to_send_than_to_compute_stays_there(served: Running, address: Address) -> None:
+    """By what receiving took lately; one time in 20 it is tried nevertheless. On the same host nothing is sent."""
+    far, s = ServerStore(address, token="none's"), segment(1000)
+    far.put(s, kv_of(s))
+    for _ in range(5):
+        far._holdings.network.observe(1 << 20, 1e5)  # 10 MB/s
+    looked = [far.index.look(s.ids, fingerprint="f", ms_per_token=0.1) for _ in range(20)]
+    assert [bool(found.matches) for found in looked] == [False] * 19 + [True]
+    assert looked[0].declined == {"network-slower-than-computing": 1000}
+    assert far.index.look(s.ids, fingerprint="f", ms_per_token=1e4).matches
+    far.close()
+    near = ServerStore(served.address)
+    assert near.index.look(s.ids, fingerprint="f", ms_per_token=1e-6).matches
+    near.close()
+    slabs = served.server.library.slabs
+    assert until(lambda: not any(slabs._book.pins(generation) for generation in slabs._kept.values()))
+
+
+def test_who_reads_no_kv_is_sent_headers(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler, whose workers load what it finds. If it asks for KV all the same, it gets all of it."""
+    bodies: list[int] = []
+    real = Connection._receive
+
+    def noted(*given: Any) -> Any:
+        reply, body = real(*given)
+        bodies.append(0 if body is None else body.nbytes)
+        return reply, body
+
+    s = segment(1000)
+    with closing(ServerStore(address, token="none's", reads_kv=False)) as store:
+        store.put(s, kv_of(s))
+        monkeypatch.setattr(Connection, "_receive", noted)
+        (match,) = store.index.look(s.ids, fingerprint="f").matches
+        assert match.segment.key == s.key
+        assert 4 * len(s.ids) < bodies[-1] < 8 * len(s.ids)
+        kv = store.get(s.key)
+        assert kv is not None
+        assert equal(kv, kv_of(s))
+        assert bodies[-1] > kv_of(s).nbytes
+
+
+def test_what_stops_coming_is_not_waited_for() -> None:
+    """However long all of it may take."""
+    here, there = socket.socketpair()
+    with here, there:
+        there.sendall(b"12345")
+        with pytest.raises(TimeoutError):
+            _exactly(here, 10, monotonic() + 1000, 0.05)
 
 
 def test_a_large_record_travels(served: Running, address: Address) -> None:

@@ -2,7 +2,7 @@
 
 A flight is a prompt that is being served, with the runs of it that nobody knew. It lands when its client has kept them, or is
 gone, or after a bound. Knows token ids and clocks, nothing of KV or sockets. Belongs to one thread, which serves others too: so
-prompts longer than QUICK neither wait nor are waited for.
+prompts longer than LONGEST neither wait nor are waited for.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from time import monotonic
 
 from kvcomm.matching import Match, TextIndex
 from kvcomm.segments import Ids, Segment
-from kvcomm.wire.library import QUICK
 
-__all__ = ["Ahead", "Flights"]
+__all__ = ["LONGEST", "Ahead", "Flights"]
 
+LONGEST = 1 << 17  # tokens: some 15 ms to search for, 35 to index
 LIMIT_S = 120.0  # a flight lands after this time whatever its client does
 MOST = 1 << 12  # flights; of more the oldest land
 MOST_BYTES = 64 << 20  # of their token ids, as well
@@ -60,7 +60,7 @@ class Flights:
     def take_off(self, owner: object, ids: Ids, known: Sequence[Match], fingerprint: str, tenant: str) -> int:
         """A prompt is being served for `owner`; what `known` does not cover of it will be computed. Its flight's number."""
         self._numbers += 1
-        gaps = _gaps(len(ids), known, self._least) if len(ids) <= QUICK else []
+        gaps = _gaps(len(ids), known, self._least) if len(ids) <= LONGEST else []
         runs = tuple(Segment(ids[start:end], ids[:start], fingerprint, tenant) for start, end in gaps)
         flight = _Flight(self._numbers, owner, self._clock(), runs, ids.nbytes if runs else 0)
         self._flights[flight.number] = self._fresh[flight.number] = flight
@@ -76,7 +76,7 @@ class Flights:
         off earlier than `before`, so that nobody waits in a circle. An owner cannot land while it waits.
         """
         self._expire()
-        if len(ids) > QUICK:
+        if len(ids) > LONGEST:
             return None
         self._index_fresh()
         if not self._of:

@@ -18,8 +18,7 @@ from kvcomm.matching import Found, Match
 from kvcomm.segments import Ids, Segment
 from kvcomm.wire import flights as flights_module
 from kvcomm.wire.client import ServerStore
-from kvcomm.wire.flights import LIMIT_S, Flights
-from kvcomm.wire.library import QUICK
+from kvcomm.wire.flights import LIMIT_S, LONGEST, Flights
 from tests.wire.conftest import Running, Start, kv_of, segment
 from tests.wire.test_client import line, process, until
 
@@ -161,13 +160,13 @@ def test_text_behind_what_is_known_is_waited_for_alone() -> None:
 
 def test_long_prompts_neither_wait_nor_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is kept from the loop for them: they are not searched, nor are their ids kept."""
-    flights, text = Flights(), np.random.default_rng(0).integers(1, 1000, QUICK + 1).astype(np.int32)
+    flights, text = Flights(), np.random.default_rng(0).integers(1, 1000, LONGEST + 1).astype(np.int32)
     first = flights.take_off("a", text, [], "f", "")
-    assert flights.ahead("b", text[:QUICK], [], "f", "") is None
+    assert flights.ahead("b", text[:LONGEST], [], "f", "") is None
     assert flights._nbytes == 0
-    short = flights.take_off("b", text[:QUICK], [], "f", "")
+    short = flights.take_off("b", text[:LONGEST], [], "f", "")
     assert first < short
-    assert flights._nbytes == 4 * QUICK
+    assert flights._nbytes == 4 * LONGEST
     assert flights.ahead("c", text[1:], [], "f", "") is not None
     monkeypatch.setattr(flights._index, "find", None)
     assert flights.ahead("c", text, [], "f", "") is None

@@ -17,13 +17,15 @@ from kvcomm.errors import CacheFault
 from kvcomm.matching import Index, Match, TextIndex
 from kvcomm.segments import Ids, Segment
 from kvcomm.store.base import Kept, StoreStats
+from kvcomm.store.notices import Noticeboard
 from kvcomm.store.record import Record, Unreadable
 from kvcomm.store.records import Listed, RecordStore
 from kvcomm.store.remote import RemoteStore
+from kvcomm.store.signposts import Signposts
 from kvcomm.store.slabs import SlabStore, Slot
 from kvcomm.store.tiered import Tiered
 
-__all__ = ["NOT_FOUND_AGAIN", "OTHER_TENANT", "QUICK", "Library", "Shelved"]
+__all__ = ["NOT_FOUND_AGAIN", "OTHER_TENANT", "QUICK", "Library", "Shelved", "queue_bytes"]
 
 OTHER_TENANT = "other-tenant"  # the record is not of the tenant that its client is bound to
 NOT_FOUND_AGAIN = "too-short-to-find"  # no prompt would ever find it
@@ -46,20 +48,27 @@ class Shelved:
 
 
 class Library:
-    """Owns the tiers. `lower`: what is below the memory; `write`: when it gets what clients put (see `Tiered`)."""
+    """Owns the tiers. `lower`: what is below the memory; `write`: when it gets what clients put (see `Tiered`); `board`: where
+    hosts that share a tier tell each other of their texts.
+    """
 
     def __init__(
         self,
         slabs: SlabStore,
         lower: RecordStore | None = None,
-        index: Index | None = None,
+        texts: TextIndex | None = None,
         write: Literal["through", "back"] = "through",
+        board: Noticeboard | None = None,
     ) -> None:
         self.slabs, self.lower = slabs, lower
-        waiting = min(QUEUE, slabs.limit_bytes // 4)  # bytes: they lie in the memory until they are written down
-        self.stack: RecordStore = slabs if lower is None else Tiered(slabs, lower, write=write, queue_bytes=waiting)
-        self.index: Index = TextIndex() if index is None else index
-        self._remote = not isinstance(self.index, TextIndex)
+        self.texts = TextIndex() if texts is None else texts
+        self.stack: RecordStore = slabs
+        self.index: Index = self.texts
+        if lower is not None:
+            self.stack = Tiered(slabs, lower, write=write, queue_bytes=queue_bytes(slabs))
+            if board is not None:
+                self.index = Signposts(self.texts, board, self.stack)
+        self._remote = self.index is not self.texts
 
     @property
     def slow(self) -> bool:
@@ -262,6 +271,11 @@ class Library:
     def _forget(self, keys: Iterable[str]) -> None:
         for key in keys:
             self.index.remove(key)
+
+
+def queue_bytes(slabs: SlabStore) -> int:
+    """How much may wait to be written down: it lies in the memory until then, and cannot leave."""
+    return min(QUEUE, slabs.limit_bytes // 4)
 
 
 def _tokens(matches: Iterable[Match]) -> Counter[str]:

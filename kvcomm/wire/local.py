@@ -72,7 +72,7 @@ def _serve(path: Path, limit_bytes: int, filled: int, parent: Connection) -> Non
 
     try:
         index = TextIndex(max_windows=max(1 << 20, 4 * filled), max_bytes=max(256 << 20, 256 * filled))
-        library = Library(SlabStore(limit_bytes), index=index)
+        library = Library(SlabStore(limit_bytes), texts=index)
         if filled:
             _fill(library, filled)
         asyncio.run(until_hung_up(library, path, parent, None))

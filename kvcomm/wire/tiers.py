@@ -10,17 +10,15 @@ from threading import Event
 from typing import Literal
 
 from kvcomm.errors import InputError
-from kvcomm.matching import TextIndex
 from kvcomm.report import machine
 from kvcomm.store.disk import DiskStore
 from kvcomm.store.eviction import Quotas
 from kvcomm.store.opening import open_remote
 from kvcomm.store.records import RecordStore
-from kvcomm.store.signposts import Signposts
 from kvcomm.store.slabs import SlabStore
 from kvcomm.store.tiered import Tiered
 from kvcomm.wire.anchor_log import AnchorLog
-from kvcomm.wire.library import Library
+from kvcomm.wire.library import Library, queue_bytes
 
 __all__ = ["ANCHORS", "Settings", "Tiers"]
 
@@ -75,12 +73,8 @@ class Tiers:
             slabs = SlabStore(settings.memory, settings.quotas)
             lower: RecordStore | None = remote if disk is None else disk
             if disk is not None and remote is not None:
-                lower = Tiered(disk, remote, write=settings.write)
-            index = None if remote is None else Signposts(TextIndex(), remote, Tiered(slabs, remote))
-            library = Library(slabs, lower, index, settings.write)
-            if index is not None:
-                assert isinstance(library.stack, Tiered)
-                index.stack = library.stack
+                lower = Tiered(disk, remote, write=settings.write, queue_bytes=queue_bytes(slabs))
+            library = Library(slabs, lower, write=settings.write, board=remote)
             opened.pop_all()
         return cls(library, disk, anchors)
 
@@ -90,10 +84,7 @@ class Tiers:
         """
         if self.disk is None:
             return 0
-        index = self.library.index
-        known = index.local if isinstance(index, Signposts) else index  # others were told of it when it was put
-        assert isinstance(known, TextIndex)
-        count = 0
+        known, count = self.library.texts, 0  # other hosts were told of it when it was put
         for segment in self.disk.texts():
             if stop.is_set():
                 break

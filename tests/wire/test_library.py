@@ -12,7 +12,6 @@ from kvcomm.store.base import Kept
 from kvcomm.store.record import Draft, Record, empty
 from kvcomm.store.remote import Census, RemoteStore
 from kvcomm.store.sighting import unpack
-from kvcomm.store.signposts import Signposts
 from kvcomm.store.slabs import SlabStore
 from kvcomm.store.tiered import Tiered
 from kvcomm.wire.library import NOT_FOUND_AGAIN, Library
@@ -62,12 +61,7 @@ class Far(RemoteStore):
 
 def host(far: Far, index: TextIndex | None = None, memory: int = 1 << 20) -> Library:
     """As a server with `--remote` puts it together."""
-    slabs = SlabStore(memory)
-    signs = Signposts(TextIndex() if index is None else index, far, Tiered(slabs, far))
-    library = Library(slabs, far, signs)
-    assert isinstance(library.stack, Tiered)
-    signs.stack = library.stack
-    return library
+    return Library(SlabStore(memory), far, index, board=far)
 
 
 def put(library: Library, s: Segment) -> Kept:

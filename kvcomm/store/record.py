@@ -36,6 +36,7 @@ OTHER_KEY = "other-key"  # sound, but not the record of this key: other text, co
 
 BLOCK = 1 << 20  # bytes under one checksum
 MOST_TOKENS = 1 << 21  # of a segment, and of what stood in front of it
+SMALL = 1 << 16  # bytes of a header that is read at once
 MOST_TENSORS = 1 << 12
 MOST_TEXT = 1 << 14  # bytes of a name
 MOST_FIELDS = 32  # of a header
@@ -299,9 +300,11 @@ def _understood(header: bytes, payload: int) -> dict[str, Any]:
 
 
 def _fields(header: bytes) -> dict[str, Any]:
-    """Of a header that anybody may have written. Read piece by piece: a list within lists of one byte each takes 70 times its
-    size. Raises whatever msgpack does, and ValueError.
+    """Of a header that anybody may have written. A large one is read piece by piece: a list within lists of one byte each takes
+    70 times its size. Raises whatever msgpack does, TypeError and ValueError.
     """
+    if len(header) <= SMALL:
+        return dict(msgpack.unpackb(header, max_ext_len=0))
     unpacker = msgpack.Unpacker(
         max_buffer_size=len(header),
         max_array_len=0,

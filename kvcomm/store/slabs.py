@@ -179,6 +179,12 @@ class SlabStore(RecordStore):
             generation = self._kept.get(key)
             return None if generation is None else self._objects[generation].tenant
 
+    def of_tenant(self, tenant: str, keys: Iterable[str]) -> set[str]:
+        """Those of these that are here and the tenant's. No use."""
+        with self._lock:
+            known = {key: self._kept[key] for key in keys if key in self._kept}
+            return {key for key, generation in known.items() if self._objects[generation].tenant == tenant}
+
     def record(self, key: str) -> Record | None:
         """The record as it lies, pinned while its array lives. Not verified, and no use."""
         with self._lock:

@@ -95,8 +95,7 @@ class ServerStore(RecordStore):
 
     def get_records(self, keys: Iterable[str]) -> dict[str, Record]:
         asked = list(dict.fromkeys(keys))
-        held = asked if self.reads_kv else ()  # else headers alone may be held
-        found = {key: record for key in held if (record := self._held_record(key)) is not None}
+        found = self._held_of(asked) if self.reads_kv else {}  # else headers alone may be held
         for tenant, wanted in self._by_tenant(key for key in asked if key not in found).items():
             connection = self._connection(tenant)
             with self._guarded():
@@ -107,7 +106,7 @@ class ServerStore(RecordStore):
 
     def has(self, keys: Iterable[str]) -> set[str]:
         asked = set(keys)
-        found = {key for key in asked if self._held_record(key) is not None}
+        found = set(self._held_of(asked))
         for tenant, wanted in self._by_tenant(asked - found).items():
             reply, _ = self.call(tenant, p.Has(wanted))
             with self.understood():
@@ -213,7 +212,7 @@ class ServerStore(RecordStore):
 
     def holds(self, key: str) -> bool:
         """Is it leased for a prompt now? Asks nobody."""
-        return self._held_record(key) is not None
+        return bool(self._held_of([key]))
 
     # -- below ------------------------------------------------------------------------------------------------------------
 
@@ -290,9 +289,9 @@ class ServerStore(RecordStore):
                 data = moved
             yield key, Record(data)
 
-    def _held_record(self, key: str) -> Record | None:
+    def _held_of(self, keys: Iterable[str]) -> dict[str, Record]:
         with self._lock:
-            return next((held[key] for held in self._held.values() if key in held), None)
+            return {key: held[key] for key in keys for held in self._held.values() if key in held}
 
     def _connection(self, tenant: str) -> Connection:
         if self.tenant not in (None, tenant):
@@ -315,9 +314,11 @@ class ServerStore(RecordStore):
         return self._tenants.get(key, self.tenant or "")
 
     def _by_tenant(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        if self.tenant is not None:
+            return {self.tenant: wanted} if (wanted := list(keys)) else {}
         parts: dict[str, list[str]] = {}
         for key in keys:
-            parts.setdefault(self._tenant_of(key), []).append(key)
+            parts.setdefault(self._tenants.get(key, ""), []).append(key)
         return parts
 
     def _remember(self, keys: Iterable[str], tenant: str) -> None:

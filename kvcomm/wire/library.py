@@ -153,7 +153,7 @@ class Library:
 
     def has(self, tenant: str, keys: Sequence[str]) -> set[str]:
         """Those that the tenant has in memory: what is below alone was perhaps too slow to load, and is worth putting again."""
-        return {key for key in keys if self.slabs.tenant_of(key) == tenant}
+        return self.slabs.of_tenant(tenant, keys)
 
     def reserve(self, tenant: str, key: str, nbytes: int, cost_ms: float | None) -> Slot | Kept:
         """Memory to write a record to; or what is to be said instead: it is kept already, or cannot be."""

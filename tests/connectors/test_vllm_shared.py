@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +114,35 @@ def test_engines_let_go_of_what_they_found(socket_path: Path) -> None:
     status, _ = store.call("", protocol.Stats())
     assert status["flights"] == 0
     store.close()
+
+
+def test_a_reset_leaves_the_server_to_the_others(socket_path: Path) -> None:
+    """The engine that was reset, for example for other weights, shares with itself alone from then on."""
+    ids = np.random.default_rng(8).integers(20, 400, 300).tolist()
+    engine = started(socket_path)
+    try:
+        engine.ask(ids, words={"agent": "a"}, new=2)
+        engine.ask(ids[:20], new=1)
+        with closing(ServerStore(str(socket_path))) as store:
+            kept = {segment.key for segment in store.segments()}
+            assert kept
+            assert engine.llm.reset_prefix_cache(reset_connector=True)
+            again = engine.ask([*ids, 3], words={"agent": "b"}, new=2)
+            assert again.report is not None
+            assert again.report.reused_tokens == 0
+            engine.ask(ids[:20], new=1)
+            assert kept < {segment.key for segment in store.segments()}
+        third = engine.ask([4, *ids], words={"agent": "c"}, new=2)
+        assert third.report is not None
+        assert third.report.reused_tokens > 200
+    finally:
+        engine.close()
+
+
+def test_a_reset_needs_no_server(socket_path: Path) -> None:
+    engine = started(socket_path.with_name("nobody"))
+    try:
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        assert len(engine.ask([*range(20, 60)], new=2).ids) == 2
+    finally:
+        engine.close()

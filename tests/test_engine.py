@@ -331,7 +331,7 @@ def test_what_takes_longer_to_load_than_to_compute_is_computed(
     real = back.get_records
 
     def slowly(keys: Any) -> Any:
-        sleep(0.2)
+        sleep(0.5)
         return real(keys)
 
     monkeypatch.setattr(back, "get_records", slowly)

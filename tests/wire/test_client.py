@@ -228,11 +228,11 @@ def test_a_closed_store_holds_nothing(start: Start) -> None:
 def test_a_put_may_take_longer_than_a_question(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server has tiers that are far."""
     running = start()
-    library, store, s = running.server.library, running.store(deadline_s=0.2), segment(50)
+    library, store, s = running.server.library, running.store(deadline_s=1.0), segment(50)
     real = library.commit
 
     def slow(*given: Any) -> Any:
-        sleep(0.4)
+        sleep(1.3)
         return real(*given)
 
     monkeypatch.setattr(library, "commit", slow)

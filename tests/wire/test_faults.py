@@ -503,12 +503,11 @@ def own_filesystem(path: Path, nbytes: int) -> Iterator[bool]:
 def no_room(served: Served, disk: Path, *, filesystem: bool) -> Iterator[None]:
     """Of the whole filesystem, or under the limit that the system sets for one file of this process."""
     if filesystem:
-        with (disk / "others").open("wb") as others, suppress(OSError):
+        with suppress(OSError), (disk / "others").open("wb", buffering=0) as others:
             while True:
                 others.write(bytes(1 << 16))
-                others.flush()
         yield
-        (disk / "others").unlink()
+        (disk / "others").unlink(missing_ok=True)
         return
     before = resource.prlimit(served.pid, resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
     yield

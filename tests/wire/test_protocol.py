@@ -30,6 +30,7 @@ BY_TYPE: dict[str, st.SearchStrategy[Any]] = {
 BY_NAME: dict[str, st.SearchStrategy[Any]] = {  # fields whose values must mean something
     "ids": st.lists(st.integers(-(1 << 31), (1 << 31) - 1), min_size=1).map(lambda ids: struct.pack(f"<{len(ids)}i", *ids)),
     "ms_per_token": st.none() | finite.map(abs),
+    "ms_per_mib": st.none() | finite.map(abs),
     "wait_ms": finite.map(abs),
     "client": key,
     "key": key,

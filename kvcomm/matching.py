@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
@@ -227,9 +227,11 @@ class TextIndex:
         fingerprint: str,
         tenant: str = "",
         same_tables: Callable[[int], bool] = lambda length: True,
+        without: Collection[str] = (),
     ) -> list[Match]:
         """Known runs of this fingerprint and tenant, disjoint and in order; never a run whose token ids differ. `same_tables`:
-        whether a sequence of that length has the rotary tables of this prompt; no run is exact where it has not.
+        whether a sequence of that length has the rotary tables of this prompt; no run is exact where it has not. `without`:
+        keys of segments that are left out.
 
         First come exact runs, each from where the last one ended, as far as they reach without a gap (the longest first):
         they cost no quality. Behind them, from left to right, the longest of the runs that start within a window's length of
@@ -241,7 +243,7 @@ class TextIndex:
             space = self._spaces.get((fingerprint, tenant))
             if space is None or len(ids) < self.min_run:
                 return []
-            search = _Search(space, np.ascontiguousarray(ids, dtype=np.int32), self.min_run, same_tables)
+            search = _Search(space, np.ascontiguousarray(ids, dtype=np.int32), self.min_run, same_tables, without)
             matches = search.cover()
             self.compared += search.compared
             return matches
@@ -386,8 +388,11 @@ class TextIndex:
 class _Search:
     """One prompt against one space."""
 
-    def __init__(self, space: _Space, prompt: Ids, min_run: int, same_tables: Callable[[int], bool]) -> None:
+    def __init__(
+        self, space: _Space, prompt: Ids, min_run: int, same_tables: Callable[[int], bool], without: Collection[str]
+    ) -> None:
         self.space, self.prompt, self.min_run, self.same_tables = space, prompt, min_run, cache(same_tables)
+        self.without = without
         self.data = prompt.tobytes()
         self.prefix = _prefix_hashes(prompt)
         self.windows: list[int] = _window_hashes(self.prefix, np.arange(len(prompt) - WINDOW + 1)).tolist()
@@ -415,7 +420,7 @@ class _Search:
         for i in range(start, min(start + WINDOW, len(self.windows))):
             for record, offset in self.space.prefixes.get(int(self.prefix[i + WINDOW]), ()):
                 offset -= i - start
-                if offset < 0 or not self._is_exact(record, offset, start):
+                if offset < 0 or record.segment.key in self.without or not self._is_exact(record, offset, start):
                     continue
                 end = start + self._common(record, offset, start)
                 if end - start >= self.min_run and (best is None or end > best.end):
@@ -439,7 +444,7 @@ class _Search:
                 break
             for record, offset in self.space.windows[self.windows[i]]:
                 diagonal = (record.number, i - offset)
-                if i < done.get(diagonal, 0):
+                if i < done.get(diagonal, 0) or record.segment.key in self.without:
                     continue
                 right = self._common(record, offset, i)
                 left = self._common_before(record, offset, i, floor)

@@ -347,6 +347,17 @@ def test_the_chosen_context_is_the_nearest_by_its_definition(
 # --- bounds -----------------------------------------------------------------------------------------------------------------
 
 
+def test_without_some_segments_the_others_are_found() -> None:
+    known = text(1, 60)
+    a, b = segment(known), segment(known, text(2, 30))
+    index = index_of(a, b)
+    for without, seen in (([], a), ([a.key], b), ([b.key], a)):
+        (match,) = index.find(known, fingerprint="f", without=without)
+        assert match.segment == seen
+        assert (match.start, match.end, match.exact) == (0, 60, seen is a)
+    assert index.find(known, fingerprint="f", without=[a.key, b.key]) == []
+
+
 def test_the_oldest_leave_and_are_named() -> None:
     a, b, c = (segment(text(seed, 80)) for seed in range(3))
     index = TextIndex(max_windows=20)

@@ -99,10 +99,16 @@ class Library:
             slots |= loaded
             gone = [key for key in missing if key not in slots and key not in reasons]
             if not gone:
+                matches = [m for m in found.matches if m.segment.key in slots]
+                if reasons:  # the same text may be in memory in another segment
+                    known = self.texts.find(ids, fingerprint=fingerprint, tenant=tenant, without=reasons)
+                    slots |= self._pinned(dict.fromkeys(key for m in known if (key := m.segment.key) not in slots))[0]
+                    matches = [m for m in known if m.segment.key in slots]
                 declined = Counter(found.declined)
-                for key, reason in reasons.items():
-                    declined[reason] += tokens[key]
-                return Shelved([m for m in found.matches if m.segment.key in slots], list(slots.values()), dict(declined))
+                for m in found.matches:
+                    if m.segment.key in reasons:
+                        declined[reasons[m.segment.key]] += m.tokens - _shared(m, matches)
+                return Shelved(matches, list(slots.values()), {reason: count for reason, count in declined.items() if count})
             self._forget(gone)
             self.unpin(slots.values())
         return Shelved([], [])
@@ -284,6 +290,11 @@ def _tokens(matches: Iterable[Match]) -> Counter[str]:
     for match in matches:
         tokens[match.segment.key] += match.tokens
     return tokens
+
+
+def _shared(match: Match, matches: Iterable[Match]) -> int:
+    """Tokens of a match that these cover as well."""
+    return sum(max(0, min(m.end, match.end) - max(m.start, match.start)) for m in matches)
 
 
 def ids_of(data: bytes) -> Ids:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from time import sleep
 
+import numpy as np
 import pytest
 
 from kvcomm.matching import TextIndex
@@ -116,6 +118,33 @@ def test_what_others_evict_before_it_is_pinned_is_brought_again(monkeypatch: pyt
     (slot,) = library.get("", [s.key])
     assert slot.key == s.key
     library.unpin([slot])
+    library.close()
+
+
+def test_another_copy_of_what_a_slow_tier_has_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nearest one of two is not worth loading; the other one is in memory."""
+    disk = SlabStore(1 << 20)
+    library, near = Library(SlabStore(1 << 20), disk), segment(100, start=20)
+    far = Segment(near.ids, segment(30, seed=1).ids, "f")
+    assert put(library, near)
+    assert put(library, far)
+    real = disk.get_records
+
+    def slowly(keys: Iterable[str]) -> dict[str, Record]:
+        sleep(0.2)
+        return real(keys)
+
+    monkeypatch.setattr(disk, "get_records", slowly)
+    for _ in range(3):  # two to measure it
+        library.slabs.remove(near.key)
+        found = library.find("", "f", np.concatenate([near.context, near.ids, near.ids[:40]]), ms_per_token=0.1)
+        library.unpin(found.slots)
+    assert [(m.start, m.end, m.segment.key) for m in found.matches] == [(20, 120, far.key), (120, 160, far.key)]
+    assert found.declined == {}
+    assert not any(library.slabs._book.pins(generation) for generation in library.slabs._kept.values())
+    library.remove("", [far.key])
+    found = library.find("", "f", near.ids, ms_per_token=0.1)
+    assert (found.matches, found.declined) == ([], {"memory-slower-than-computing": 100})
     library.close()
 
 

@@ -17,7 +17,9 @@ def test_there_are_examples() -> None:
     assert [p.name[:2] for p in EXAMPLES] == [f"{i:02d}" for i in range(1, len(EXAMPLES) + 1)], "examples are numbered from 01"
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=[pytest.mark.once] * (p.name >= "05"), id=p.stem) for p in EXAMPLES]
+)  # from 05 on they start servers
 def test_example_runs(path: Path, tmp_path: Path) -> None:
     """Run in an empty folder: an example may write there, and needs nothing but an installed kvcomm and files beside itself."""
     done = subprocess.run([sys.executable, "-W", "error", str(path)], cwd=tmp_path, capture_output=True, text=True, check=False)

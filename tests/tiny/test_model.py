@@ -33,6 +33,7 @@ def rate(scores: evaluate.Scores, method: str) -> float:
     return sum(right) / len(right)
 
 
+@pytest.mark.once
 def test_dense_answers_are_right(scores: evaluate.Scores) -> None:
     """A guess among the values of an attribute is right in about one case of twenty."""
     assert rate(scores, "dense") >= 0.97
@@ -45,6 +46,7 @@ def test_long_prompts_are_answered_too() -> None:
     assert rate(found, "dense") >= 0.94
 
 
+@pytest.mark.once
 def test_boundary_keeps_them_and_naive_reuse_does_not(scores: evaluate.Scores) -> None:
     assert rate(scores, "producer boundary") >= rate(scores, "dense") - 0.02
     assert rate(scores, "producer naive") < rate(scores, "dense") - 0.3

@@ -28,7 +28,7 @@ from kvcomm.correcting import Corrector, empty_pool
 from kvcomm.draft_check import check
 from kvcomm.errors import CacheFault, InputError
 from kvcomm.learning import Learner
-from kvcomm.matching import Index, Match, TextIndex
+from kvcomm.matching import Index, Match, TextIndex, tokens_by_key
 from kvcomm.metrics import Counters
 from kvcomm.policy import Rule
 from kvcomm.policy import plan as make_plan
@@ -394,9 +394,7 @@ class KVComm:
     def _absent(self, request: Request) -> set[str]:
         """What was found and is not in the store. What is not worth loading is taken from what was found."""
         assert request.found is not None
-        tokens = Counter[str]()
-        for match in request.found.matches:
-            tokens[match.segment.key] += match.tokens
+        tokens = tokens_by_key(request.found.matches)
         if not isinstance(self.store, Tiered):
             return {key for key in tokens if key not in self.store}
         price = math.inf if self._ms_per_token is None else self._ms_per_token

@@ -9,8 +9,8 @@ contexts that a text was seen in. Knows nothing of KV, models or plans.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
@@ -24,7 +24,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from kvcomm.errors import InputError
 from kvcomm.segments import Ids, Segment
 
-__all__ = ["WINDOW", "Found", "Index", "Match", "TextIndex"]
+__all__ = ["WINDOW", "Found", "Index", "Match", "TextIndex", "tokens_by_key"]
 
 WINDOW = 8  # tokens hashed together, and the stride at which a segment's windows are indexed
 NEAR = 128  # tokens in front of a run that decide which of several contexts is the nearest
@@ -53,6 +53,14 @@ class Match:
     @property
     def tokens(self) -> int:
         return self.end - self.start
+
+
+def tokens_by_key(matches: Iterable[Match]) -> Counter[str]:
+    """How many tokens of a prompt each segment has, by its key."""
+    tokens = Counter[str]()
+    for match in matches:
+        tokens[match.segment.key] += match.tokens
+    return tokens
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from kvcomm.errors import CacheFault
-from kvcomm.matching import Index, Match, TextIndex
+from kvcomm.matching import Index, Match, TextIndex, tokens_by_key
 from kvcomm.segments import Ids, Segment
 from kvcomm.store.base import Kept, StoreStats
 from kvcomm.store.notices import Noticeboard
@@ -92,7 +92,7 @@ class Library:
         """
         for _ in range(ATTEMPTS):
             found = self.index.look(ids, fingerprint=fingerprint, tenant=tenant, ms_per_token=ms_per_token)
-            tokens = _tokens(found.matches)
+            tokens = tokens_by_key(found.matches)
             slots, missing = self._pinned(tokens)
             price = float("inf") if ms_per_token is None else ms_per_token
             loaded, reasons = self._loaded({key: price * tokens[key] for key in missing})
@@ -115,7 +115,7 @@ class Library:
 
     def worth_sending(self, found: Shelved, ms_per_token: float, ms_per_mib: float) -> Shelved:
         """Without what takes longer to send to another host than to compute there, unpinned."""
-        tokens = _tokens(found.matches)
+        tokens = tokens_by_key(found.matches)
         slow = {s.key: s for s in found.slots if s.nbytes / MIB * ms_per_mib > tokens[s.key] * ms_per_token}
         if not slow:
             return found
@@ -282,14 +282,6 @@ class Library:
 def queue_bytes(slabs: SlabStore) -> int:
     """How much may wait to be written down: it lies in the memory until then, and cannot leave."""
     return min(QUEUE, slabs.limit_bytes // 4)
-
-
-def _tokens(matches: Iterable[Match]) -> Counter[str]:
-    """Of a prompt, by the key of the segment that has them."""
-    tokens = Counter[str]()
-    for match in matches:
-        tokens[match.segment.key] += match.tokens
-    return tokens
 
 
 def _shared(match: Match, matches: Iterable[Match]) -> int:

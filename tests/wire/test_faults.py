@@ -528,6 +528,8 @@ def test_disk_full(filesystem: bool, folder: Path, serve: Serve, nursery: Nurser
                 refused = served.status()["tiers"]["disk"]["refused"].get(DISK_FULL, 0)
                 with no_room(served, disk, filesystem=filesystem):
                     assert until(lambda: full(served) > refused + 20), served.status()  # noqa: B023  # of this round
+                held = served.requests()
+                assert until(lambda: served.requests() > held + 50)  # noqa: B023  # what was under way meanwhile is told
                 before, held = acknowledged(folder), served.requests()
                 assert until(lambda: served.requests() > held + 100)  # noqa: B023  # of this round
             seen = running.finish()
